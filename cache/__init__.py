@@ -1,0 +1,1 @@
+"""The warehouse: KV blocks in dram and on disk. Knows nothing of models, HTTP or routing."""

@@ -1,0 +1,255 @@
+"""The node store as a named Ray actor pinned to its node, and the port through which clients call it.
+
+A thin shell: the actor owns a `NodeStore` with the object store as dram tier and files as disk tier, the
+port adds time limits and turns Ray's errors into StoreUnavailable. A killed actor is restarted by Ray,
+reopens its folder and announces itself under a new epoch; its dram tier is gone.
+"""
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cache.client import WarehouseClient
+from cache.errors import FolderError, StoreUnavailable
+from cache.events import DeviceBlocks, EventBatch, ReplicaLoad, Tier
+from cache.extent import Image
+from cache.messages import LoadGrant, LoadQuery, StoreGrant, StoreOffer, StoreStats
+from cache.node_store import NodeStore, NodeStoreConfig
+from cache.tiers.disk import FileTier
+from cache.tiers.object_store import ObjectStoreTier, read_object
+
+NAMESPACE = "tokenloft"
+CALL_TIMEOUT_S = 15.0
+"""Longer than any wait inside the node store; a call that takes more has lost its actor."""
+
+# Lookups must not wait behind stores that wait for room, nor either behind readers of events.
+_GROUPS = {"read": 8, "store": 8, "events": 32}
+
+
+@dataclass(frozen=True, slots=True)
+class NodeStoreOptions:
+    """What the actor needs to open its node store."""
+
+    config: NodeStoreConfig
+    directory: Path | None
+    """Folder of the disk tier; `{node}` in it is replaced by the node's id. None: no disk tier."""
+    fsync: bool = True
+
+
+class NodeStoreActor:
+    """The actor's class; see `start_node_store`."""
+
+    def __init__(self, node_id: str, options: NodeStoreOptions) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+        self._error: FolderError | None = None
+        self._store: NodeStore | None = None
+        try:
+            self._store = self._open(node_id, options)
+        except FolderError as error:
+            # Raised later, from `wait_ready`: an exception here would only show as a dead actor.
+            self._error = error
+
+    def _open(self, node_id: str, options: NodeStoreOptions) -> NodeStore:
+        disk = None
+        if options.directory is not None:
+            directory = Path(str(options.directory).replace("{node}", node_id))
+            disk = FileTier(directory, fsync=options.fsync, report=logging.getLogger("tokenloft.warehouse").info)
+        return NodeStore(options.config, ObjectStoreTier(), disk, node_id=node_id)
+
+    @property
+    def _opened(self) -> NodeStore:
+        if self._store is None:
+            raise self._error or FolderError("the warehouse is not open")
+        return self._store
+
+    def wait_ready(self) -> StoreStats:
+        return self._opened.stats()
+
+    @ray.method(concurrency_group="read")
+    def prepare_load(self, query: LoadQuery) -> LoadGrant:
+        return self._opened.prepare_load(query)
+
+    @ray.method(concurrency_group="read")
+    def complete_load(self, owner: str) -> None:
+        self._opened.complete_load(owner)
+
+    @ray.method(concurrency_group="read")
+    def renew_lease(self, owner: str) -> None:
+        self._opened.renew_lease(owner)
+
+    @ray.method(concurrency_group="read")
+    def read_image(self, extent_id: str, tier: Tier) -> Image | None:
+        return self._opened.read_image(extent_id, tier)
+
+    @ray.method(concurrency_group="read")
+    def report_bad(self, extent_id: str, tier: Tier, reason: str) -> None:
+        self._opened.report_bad(extent_id, tier, reason)
+
+    @ray.method(concurrency_group="store")
+    def prepare_store(self, offer: StoreOffer) -> StoreGrant:
+        return self._opened.prepare_store(offer)
+
+    @ray.method(concurrency_group="store")
+    def complete_store(self, extent_id: str, image: Image) -> bool:
+        return self._opened.complete_store(extent_id, image)
+
+    @ray.method(concurrency_group="store")
+    def abort_store(self, extent_ids: tuple[str, ...]) -> None:
+        self._opened.abort_store(extent_ids)
+
+    @ray.method(concurrency_group="read")
+    def report_engine(self, load: ReplicaLoad, blocks: DeviceBlocks | None) -> None:
+        self._opened.report_engine(load, blocks)
+
+    @ray.method(concurrency_group="read")
+    def forget_engine(self, replica_id: str) -> None:
+        self._opened.forget_engine(replica_id)
+
+    @ray.method(concurrency_group="events")
+    def read_events(self, epoch: str | None, number: int, wait_s: float) -> EventBatch:
+        return self._opened.read_events(epoch, number, wait_s)
+
+    @ray.method(concurrency_group="read")
+    def stats(self) -> StoreStats:
+        return self._opened.stats()
+
+    @ray.method(concurrency_group="store")
+    def flush(self, timeout_s: float) -> bool:
+        return self._opened.flush(timeout_s)
+
+    @ray.method(concurrency_group="store")
+    def close(self) -> None:
+        if self._store is not None:
+            self._store.close()
+
+
+def actor_name(node_id: str) -> str:
+    return f"node-store-{node_id}"
+
+
+def start_node_store(node_id: str, options: NodeStoreOptions) -> Any:
+    """Start the node store of `node_id` (or find the one that runs there). Returns the actor's handle.
+
+    Raises FolderError if its folder can't be used.
+    """
+    handle: Any = (
+        ray.remote(NodeStoreActor)
+        .options(
+            name=actor_name(node_id),
+            namespace=NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            max_restarts=-1,
+            num_cpus=0,
+            concurrency_groups=_GROUPS,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+        )
+        .remote(node_id, options)
+    )
+    try:
+        ray.get(handle.wait_ready.remote())
+    except ray.exceptions.RayTaskError as error:
+        ray.kill(handle)
+        raise (error.cause if isinstance(error.cause, FolderError) else error) from None
+    return handle
+
+
+def find_node_store(node_id: str) -> Any | None:
+    """Handle of a running node store, None if there is none."""
+    try:
+        return ray.get_actor(actor_name(node_id), namespace=NAMESPACE)
+    except ValueError:
+        return None
+
+
+def stop_node_store(handle: Any, timeout_s: float = 30.0) -> None:
+    """Write what is dirty, close the folder, end the actor."""
+    try:
+        ray.get(handle.close.remote(), timeout=timeout_s)
+    except (ray.exceptions.RayError, TimeoutError):
+        logging.getLogger("tokenloft.warehouse").warning("a node store did not close in time")
+    ray.kill(handle)
+
+
+class RayStorePort:
+    """`StorePort` over an actor handle.
+
+    After a failure the store is left alone for a moment: an engine whose node store is restarting should
+    answer at the speed of recompute, not at the speed of time-outs.
+    """
+
+    def __init__(self, node_id: str, retry_s: float = 1.0) -> None:
+        self._node_id = node_id
+        self._handle: Any | None = None
+        self._retry_s = retry_s
+        self._retry_at = 0.0
+
+    def __repr__(self) -> str:
+        return f"<RayStorePort {self._node_id}>"
+
+    def _call(self, method: str, *args: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+        if time.monotonic() < self._retry_at:
+            raise StoreUnavailable(f"node store {self._node_id} failed a moment ago")
+        try:
+            if self._handle is None:
+                self._handle = ray.get_actor(actor_name(self._node_id), namespace=NAMESPACE)
+            return ray.get(getattr(self._handle, method).remote(*args), timeout=timeout_s)
+        except (ray.exceptions.RayError, FolderError, ValueError, TimeoutError) as error:
+            self._handle = None
+            self._retry_at = time.monotonic() + self._retry_s
+            raise StoreUnavailable(f"node store {self._node_id}: {error}") from error
+
+    def prepare_load(self, query: LoadQuery) -> LoadGrant:
+        grant: LoadGrant = self._call("prepare_load", query)
+        return grant
+
+    def complete_load(self, owner: str) -> None:
+        self._call("complete_load", owner)
+
+    def renew_lease(self, owner: str) -> None:
+        self._call("renew_lease", owner)
+
+    def read_image(self, extent_id: str, tier: Tier) -> Image | None:
+        image: Image | None = self._call("read_image", extent_id, tier)
+        return image
+
+    def report_bad(self, extent_id: str, tier: Tier, reason: str) -> None:
+        self._call("report_bad", extent_id, tier, reason)
+
+    def prepare_store(self, offer: StoreOffer) -> StoreGrant:
+        grant: StoreGrant = self._call("prepare_store", offer)
+        return grant
+
+    def complete_store(self, extent_id: str, image: Image) -> bool:
+        return bool(self._call("complete_store", extent_id, image))
+
+    def abort_store(self, extent_ids: tuple[str, ...]) -> None:
+        self._call("abort_store", extent_ids)
+
+    def report_engine(self, load: ReplicaLoad, blocks: DeviceBlocks | None) -> None:
+        self._call("report_engine", load, blocks)
+
+    def forget_engine(self, replica_id: str) -> None:
+        self._call("forget_engine", replica_id)
+
+    def read_events(self, epoch: str | None, number: int, wait_s: float) -> EventBatch:
+        batch: EventBatch = self._call("read_events", epoch, number, wait_s, timeout_s=wait_s + CALL_TIMEOUT_S)
+        return batch
+
+    def stats(self) -> StoreStats:
+        stats: StoreStats = self._call("stats")
+        return stats
+
+
+def connect(node_id: str, *, is_local: bool) -> WarehouseClient:
+    """A client of the node store on `node_id`; `is_local` if this process runs on that node."""
+    return WarehouseClient(RayStorePort(node_id), fetch=_fetch, is_local=is_local)
+
+
+def _fetch(source: list[Any]) -> Image:
+    return read_object(source[0])

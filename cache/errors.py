@@ -1,0 +1,30 @@
+"""Errors of the warehouse, cut by what the caller can do.
+
+    CacheError
+    ├── FolderError        the warehouse can't open: fix the folder, then start again
+    │   └── FolderInUse    another node store owns it
+    ├── ExtentCorrupt      these bytes are not the block that was asked for: recompute it
+    └── StoreUnavailable   the node store does not answer: go on without it
+
+A miss, a refused store and a full tier are values, not errors.
+"""
+
+
+class CacheError(Exception):
+    """Anything the warehouse raises on purpose."""
+
+
+class FolderError(CacheError):
+    """The disk tier's folder can't be used; the message names the folder, the cause and the remedy."""
+
+
+class FolderInUse(FolderError):
+    """Another process owns the folder."""
+
+
+class ExtentCorrupt(CacheError):
+    """An extent's bytes are not what its header or the reader's request promises."""
+
+
+class StoreUnavailable(CacheError):
+    """The node store is dead, restarting or too slow; the caller goes on without it."""

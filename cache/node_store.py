@@ -1,0 +1,409 @@
+"""The node store: one node's warehouse, in process and without Ray.
+
+It puts the ledger's decisions into effect on a dram tier and a disk tier. Every public method may be called
+from any thread: decisions are made under one lock, bytes move outside it. One thread of its own writes
+extents behind, deletes files, promotes, and lets the leases of dead owners lapse.
+
+`cache.actor` wraps this object in a Ray actor; a script can use it as it is.
+"""
+
+import logging
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from cache.errors import ExtentCorrupt
+from cache.events import DeviceBlocks, Event, EventBatch, EventLog, ReplicaGone, ReplicaLoad, Tier
+from cache.extent import ExtentHeader, Image
+from cache.hashing import BlockHash, iter_hashes
+from cache.ledger import Budgets, Drop, Ledger, Place
+from cache.messages import LoadGrant, LoadPiece, LoadQuery, StoreGrant, StoreOffer, StoreStats
+from cache.tiers.interface import DiskTier, DramTier
+
+logger = logging.getLogger("tokenloft.warehouse")
+
+
+@dataclass(frozen=True, slots=True)
+class NodeStoreConfig:
+    """Limits of one node store; times in seconds."""
+
+    budgets: Budgets
+    min_free_bytes: int = 1 << 30
+    """The disk tier stops growing when the file system has less than this free."""
+    lease_ttl_s: float = 60.0
+    store_wait_s: float = 5.0
+    """How long an offer waits for another writer of the same blocks, or for room, before it is refused."""
+    disk_retry_s: float = 5.0
+    """After an I/O error the disk is tried again this often."""
+    replica_ttl_s: float = 30.0
+    """An engine that has not reported for this long is gone."""
+
+
+class NodeStore:
+    """See the module's docstring. `close` writes what is dirty; a killed one loses only that."""
+
+    def __init__(
+        self,
+        config: NodeStoreConfig,
+        dram: DramTier,
+        disk: DiskTier | None,
+        *,
+        node_id: str = "local",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = config
+        self._dram = dram
+        self._disk = disk
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._events = EventLog(node_id, uuid.uuid4().hex, self._snapshot)
+        self._ledger = Ledger(config.budgets, self._events.append, lease_ttl_s=config.lease_ttl_s)
+        self._devices: dict[str, _Device] = {}
+        self._deletions: deque[str] = deque()
+        self._promotions: deque[str] = deque()
+        self._degraded: str | None = None
+        self._retry_disk_at = 0.0
+        self._is_closing = False
+        self._num_recovered_blocks = self._recover()
+        self._writer = threading.Thread(target=self._run_writer, name="tokenloft-write-behind", daemon=True)
+        self._writer.start()
+
+    def __repr__(self) -> str:
+        return f"<NodeStore {self._events.node_id} {self._ledger!r} disk={self._disk!r}>"
+
+    def __enter__(self) -> "NodeStore":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _recover(self) -> int:
+        if self._disk is None:
+            return 0
+        for header in self._disk.recover():
+            self._ledger.recover(header)
+        num_blocks = self._ledger.num_blocks
+        self._apply(self._ledger.shrink_disk())
+        return num_blocks
+
+    # -- reading ------------------------------------------------------------------------------------
+
+    def prepare_load(self, query: LoadQuery) -> LoadGrant:
+        """Find and lease the stored continuation of a prompt."""
+        with self._changed:
+            places, num_tokens = self._ledger.prepare_load(query, self._clock())
+            return LoadGrant(self._pieces(query, places, num_tokens), num_tokens)
+
+    def _pieces(self, query: LoadQuery, places: list[Place], num_tokens: int) -> tuple[LoadPiece, ...]:
+        pieces: list[LoadPiece] = []
+        at = 0
+        while at < len(places):
+            extent, position = places[at]
+            end = at + 1
+            while end < len(places) and places[end] == (extent, position + end - at):
+                end += 1
+            first = query.first_block + at
+            tokens = min((first + end - at) * query.block_size, num_tokens) - first * query.block_size
+            tier = Tier.DRAM if extent.in_dram else Tier.DISK
+            if tier is Tier.DISK and self._ledger.note_disk_hit(extent):
+                self._promotions.append(extent.extent_id)
+                self._changed.notify_all()
+            pieces.append(
+                LoadPiece(extent.extent_id, tier, first, tokens, position, self._source(extent.extent_id, tier))
+            )
+            at = end
+        return tuple(pieces)
+
+    def _source(self, extent_id: str, tier: Tier) -> object:
+        if tier is Tier.DRAM:
+            return self._dram.source(extent_id)
+        assert self._disk is not None
+        return self._disk.path(extent_id)
+
+    def complete_load(self, owner: str) -> None:
+        """End the leases of `owner`."""
+        with self._changed:
+            self._apply(self._ledger.complete_load(owner))
+            self._changed.notify_all()
+
+    def renew_lease(self, owner: str) -> None:
+        """Keep the leases of `owner` for another lease time."""
+        with self._changed:
+            self._ledger.renew_lease(owner, self._clock())
+
+    def read_image(self, extent_id: str, tier: Tier) -> Image | None:
+        """The whole image, for a reader on another node; None if it has gone."""
+        try:
+            if tier is Tier.DRAM:
+                return self._dram.get(extent_id)
+            return self._disk.read(extent_id) if self._disk is not None else None
+        except (KeyError, OSError, ExtentCorrupt):
+            return None
+
+    def report_bad(self, extent_id: str, tier: Tier, reason: str) -> None:
+        """A reader found an image corrupt or missing: quarantine it, so that it is a miss from now on."""
+        with self._changed:
+            drops = self._ledger.discard(extent_id, tier)
+            self._ledger.counters["quarantined_extents"] += bool(drops)
+            self._apply([drop for drop in drops if drop.tier is Tier.DRAM])
+        if not drops:
+            return
+        logger.warning("quarantined extent %s in %s: %s", extent_id, tier.value, reason)
+        if tier is Tier.DISK and self._disk is not None:
+            try:
+                self._disk.quarantine(extent_id)
+            except OSError as error:
+                self._disk_failed(error)
+
+    # -- storing ------------------------------------------------------------------------------------
+
+    def prepare_store(self, offer: StoreOffer) -> StoreGrant:
+        """Reserve room for the blocks that are missing; waits for another writer of the same ones, or for room."""
+        deadline = self._clock() + self._config.store_wait_s
+        with self._changed:
+            while True:
+                decision = self._ledger.prepare_store(offer, self._clock())
+                self._apply(decision.drops)
+                if decision.granted or not (decision.is_busy or decision.is_full):
+                    return StoreGrant(tuple(decision.granted), has_more=decision.has_more)
+                # A full handoff budget empties only when its reader is done: that may be never, so don't wait.
+                left = deadline - self._clock()
+                if left <= 0 or (decision.is_full and offer.handoff_owner is not None) or self._is_closing:
+                    reason = "another writer is busy with these blocks" if decision.is_busy else "no room"
+                    self._ledger.counters["refused_stores"] += 1
+                    return StoreGrant(refusal=reason)
+                self._changed.wait(min(left, 0.5))
+
+    def complete_store(self, extent_id: str, image: Image) -> bool:
+        """Take the sealed image of a granted extent and make it visible. False if the grant has lapsed."""
+        self._dram.put(extent_id, image)
+        with self._changed:
+            is_stored = self._ledger.complete_store(extent_id, self._clock())
+            self._changed.notify_all()
+        if not is_stored:
+            self._dram.drop(extent_id)
+        return is_stored
+
+    def abort_store(self, extent_ids: tuple[str, ...]) -> None:
+        """Give granted extents back unfilled."""
+        with self._changed:
+            for extent_id in extent_ids:
+                self._ledger.abort_store(extent_id)
+            self._changed.notify_all()
+
+    # -- events -------------------------------------------------------------------------------------
+
+    def report_engine(self, load: ReplicaLoad, blocks: DeviceBlocks | None) -> None:
+        """An engine tells its load and what changed in its pool."""
+        with self._changed:
+            device = self._devices.setdefault(load.replica_id, _Device(load))
+            device.load = load
+            device.seen_at = self._clock()
+            if blocks is not None:
+                device.hashes.difference_update(iter_hashes(blocks.removed))
+                device.hashes.update(iter_hashes(blocks.added))
+                self._events.append(blocks)
+        self._events.append(load)
+
+    def forget_engine(self, replica_id: str) -> None:
+        """An engine has left."""
+        with self._changed:
+            if self._devices.pop(replica_id, None) is not None:
+                self._events.append(ReplicaGone(replica_id))
+
+    def read_events(self, epoch: str | None, number: int, wait_s: float = 0.0) -> EventBatch:
+        """See `EventLog.read`."""
+        return self._events.read(epoch, number, wait_s)
+
+    def _snapshot(self) -> list[Event]:
+        with self._changed:
+            events = self._ledger.snapshot()
+            for replica_id, device in self._devices.items():
+                events.append(device.load)
+                events.append(DeviceBlocks(replica_id, b"".join(device.hashes), b""))
+            return events
+
+    # -- state --------------------------------------------------------------------------------------
+
+    def stats(self) -> StoreStats:
+        with self._changed:
+            ledger, budgets = self._ledger, self._config.budgets
+            return StoreStats(
+                node_id=self._events.node_id,
+                directory=str(self._disk.directory) if self._disk is not None else None,
+                state=f"degraded: {self._degraded}" if self._degraded else "ok",
+                num_extents=ledger.num_extents,
+                num_blocks=ledger.num_blocks,
+                dram_bytes=ledger.used_bytes[Tier.DRAM],
+                dram_budget_bytes=budgets.dram_bytes,
+                disk_bytes=ledger.used_bytes[Tier.DISK],
+                disk_budget_bytes=budgets.disk_bytes,
+                handoff_bytes=ledger.handoff_bytes,
+                handoff_budget_bytes=budgets.handoff_bytes,
+                dirty_bytes=ledger.dirty_bytes,
+                num_recovered_blocks=self._num_recovered_blocks,
+                counters=dict(ledger.counters),
+            )
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if the books are off."""
+        with self._changed:
+            self._ledger.check_integrity()
+
+    def flush(self, timeout_s: float = 30.0) -> bool:
+        """Wait until everything stored is durable; False if it takes longer or the disk is down."""
+        deadline = self._clock() + timeout_s
+        with self._changed:
+            while self._ledger.has_dirty and self._ledger.disk_accepts_writes:
+                left = deadline - self._clock()
+                if left <= 0:
+                    return False
+                self._changed.wait(min(left, 0.5))
+            return not self._ledger.has_dirty
+
+    def close(self) -> None:
+        """Write what is dirty, then give up the folder. Safe to call twice."""
+        self.flush()
+        with self._changed:
+            if self._is_closing:
+                return
+            self._is_closing = True
+            self._changed.notify_all()
+        self._writer.join()
+        if self._disk is None:
+            return
+        try:
+            self._disk.save_order(self._ledger.disk_order())
+        except OSError as error:
+            logger.warning("the order of use could not be saved: %s", error)
+        self._disk.close()
+
+    # -- the writer thread --------------------------------------------------------------------------
+
+    def _apply(self, drops: list[Drop]) -> None:
+        """Dram at once, files later by the writer. Called under the lock."""
+        for extent_id, tier in drops:
+            if tier is Tier.DRAM:
+                self._dram.drop(extent_id)
+            else:
+                self._deletions.append(extent_id)
+        if drops:
+            self._changed.notify_all()
+
+    def _run_writer(self) -> None:
+        while True:
+            with self._changed:
+                self._expire()
+                header, drops = self._ledger.next_write()
+                self._apply(drops)
+                deletions = list(self._deletions)
+                self._deletions.clear()
+                promotion = self._promotions.popleft() if self._promotions else None
+                if header is None and promotion is None and not deletions:
+                    if self._is_closing:
+                        return
+                    self._changed.wait(1.0)
+                    continue
+            self._delete(deletions)
+            if header is not None:
+                self._write(header)
+            if promotion is not None:
+                self._promote(promotion)
+
+    def _expire(self) -> None:
+        now = self._clock()
+        self._apply(self._ledger.expire(now))
+        for replica_id, device in list(self._devices.items()):
+            if device.seen_at and now - device.seen_at > self._config.replica_ttl_s:
+                del self._devices[replica_id]
+                self._events.append(ReplicaGone(replica_id))
+        if self._degraded and self._disk is not None and now >= self._retry_disk_at:
+            self._ledger.disk_accepts_writes = True
+
+    def _delete(self, extent_ids: list[str]) -> None:
+        assert self._disk is not None or not extent_ids
+        for extent_id in extent_ids:
+            with self._changed:
+                extent = self._ledger.find(extent_id)
+                if extent is not None and (extent.on_disk or extent.is_writing):
+                    continue  # stored again since
+            try:
+                if self._disk is not None:
+                    self._disk.delete(extent_id)
+            except OSError as error:
+                self._disk_failed(error)
+
+    def _write(self, header: ExtentHeader) -> None:
+        assert self._disk is not None
+        extent_id = header.extent_id
+        try:
+            if self._disk.free_bytes() < self._config.min_free_bytes + header.image_bytes:
+                raise _LowSpace(f"less than {self._config.min_free_bytes >> 20} MiB free on the file system")
+            self._disk.write(header, self._dram.get(extent_id))
+        except KeyError:
+            self._give_up_write(extent_id)
+        except _LowSpace as low:
+            self._give_up_write(extent_id)
+            self._set_degraded(str(low))
+        except OSError as error:
+            with self._changed:
+                self._ledger.write_failed(extent_id, retry=True)
+            self._disk_failed(error)
+        else:
+            self._wrote(extent_id)
+
+    def _give_up_write(self, extent_id: str) -> None:
+        with self._changed:
+            self._ledger.write_failed(extent_id, retry=False)
+
+    def _wrote(self, extent_id: str) -> None:
+        with self._changed:
+            self._apply(self._ledger.written(extent_id))
+            if self._degraded:
+                logger.warning("the warehouse's disk works again")
+            self._degraded = None
+            self._changed.notify_all()
+
+    def _promote(self, extent_id: str) -> None:
+        assert self._disk is not None
+        with self._changed:
+            drops = self._ledger.prepare_promote(extent_id)
+            if drops is None:
+                return
+            self._apply(drops)
+        try:
+            self._dram.put(extent_id, self._disk.read(extent_id))
+            succeeded = True
+        except (OSError, ExtentCorrupt) as error:
+            logger.warning("extent %s could not be promoted: %s", extent_id, error)
+            succeeded = False
+        with self._changed:
+            self._ledger.complete_promote(extent_id, succeeded=succeeded)
+
+    def _disk_failed(self, error: OSError) -> None:
+        with self._changed:
+            self._ledger.disk_accepts_writes = False
+            self._retry_disk_at = self._clock() + self._config.disk_retry_s
+        self._set_degraded(str(error))
+
+    def _set_degraded(self, reason: str) -> None:
+        with self._changed:
+            if self._degraded is None:
+                logger.warning("the warehouse's disk tier is degraded: %s; serving goes on without it", reason)
+            self._degraded = reason
+
+
+class _LowSpace(Exception):
+    """The file system has less free space than the configuration wants kept."""
+
+
+@dataclass(slots=True)
+class _Device:
+    """What one engine has reported."""
+
+    load: ReplicaLoad
+    seen_at: float = 0.0
+    hashes: set[BlockHash] = field(default_factory=set)

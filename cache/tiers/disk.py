@@ -1,0 +1,273 @@
+"""The disk tier: one file per extent, an index beside them, one owner per folder.
+
+    <directory>/
+      format.json            format version of the folder
+      lock                   held (flock) by the owner
+      index.sqlite           rows `prepared`, then `complete`; can be rebuilt from the files' headers
+      extents/ab/cd/<id>.kv  images as `cache.extent` describes them
+      tmp/                   files being written; emptied at start
+      quarantine/            the last bad files
+
+A write is: row `prepared`, temp file, fsync, rename, fsync of the folder, row `complete`. So a crash leaves
+a prepared row, which is checked at the next start, and at most one temp file, which is removed. A delete
+unlinks first and updates the index after: a full disk has no room for rows.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from cache.errors import ExtentCorrupt, FolderError, FolderInUse
+from cache.extent import ALIGNMENT, ExtentHeader, Image, SealedHeader, aligned_empty, parse_header
+from cache.tiers.index_db import IndexDamaged, IndexDb
+
+FOLDER_VERSION = 1
+LOCK_WAIT_S = 10.0
+"""A killed owner's lock can outlive it by seconds."""
+MAX_QUARANTINED = 16
+
+
+class FileTier:
+    """Extents as files in one folder, which this object owns until `close`."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        fsync: bool = True,
+        report: Callable[[str], None] = lambda message: None,
+        lock_wait_s: float = LOCK_WAIT_S,
+    ) -> None:
+        self.directory = directory
+        self._fsync = fsync
+        self._report = report
+        self._guard = threading.Lock()
+        try:
+            self._make_folders()
+            self._lock_fd = self._take_lock(lock_wait_s)
+            self._check_version()
+            self._empty_tmp()
+        except PermissionError as error:
+            raise FolderError(
+                f"warehouse folder {directory} can't be written: {error.strerror} ({error.filename}). "
+                "Give this user access to it or choose another one with --warehouse."
+            ) from error
+        except (FileExistsError, NotADirectoryError) as error:
+            raise FolderError(f"warehouse folder {directory}: {error.filename} is no folder") from error
+        self._db = self._open_index()
+
+    def __repr__(self) -> str:
+        return f"<FileTier {self.directory}>"
+
+    # -- opening ------------------------------------------------------------------------------------
+
+    def _make_folders(self) -> None:
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.directory.chmod(0o700)
+        for name in ("extents", "tmp", "quarantine"):
+            (self.directory / name).mkdir(mode=0o700, exist_ok=True)
+
+    def _take_lock(self, wait_s: float) -> int:
+        fd = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+                return fd
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    owner = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+                    os.close(fd)
+                    raise FolderInUse(
+                        f"warehouse folder {self.directory} is in use by process {owner}. "
+                        "Stop that server or choose another folder with --warehouse."
+                    ) from None
+                time.sleep(0.1)
+
+    def _check_version(self) -> None:
+        path = self.directory / "format.json"
+        if not path.exists():
+            self._replace(path, json.dumps({"format": FOLDER_VERSION}).encode())
+            return
+        try:
+            version = json.loads(path.read_bytes())["format"]
+        except (ValueError, KeyError, TypeError):
+            raise FolderError(f"{path} is no description of a warehouse; is this the right folder?") from None
+        if version != FOLDER_VERSION:
+            raise FolderError(
+                f"warehouse folder {self.directory} has format {version}, this program reads format {FOLDER_VERSION}. "
+                "Choose another folder with --warehouse."
+            )
+
+    def _empty_tmp(self) -> None:
+        for leftover in (self.directory / "tmp").iterdir():
+            leftover.unlink()
+
+    def _open_index(self) -> IndexDb:
+        path = self.directory / "index.sqlite"
+        is_new = not path.exists()
+        try:
+            db = IndexDb(path)
+        except IndexDamaged as damage:
+            self._report(f"the index of {self.directory} is damaged ({damage}): rebuilding it from the extents")
+            IndexDb.remove(path)
+            db, is_new = IndexDb(path), True
+        if is_new:
+            self._rebuild(db)
+        return db
+
+    def _rebuild(self, db: IndexDb) -> None:
+        """Fill an empty index from the headers of whatever files there are, oldest first."""
+        files = sorted(self.directory.glob("extents/*/*/*.kv"), key=lambda path: path.stat().st_mtime)
+        if files:
+            self._report(f"reading the headers of {len(files)} extents to rebuild the index")
+        for path in files:
+            sealed = self._read_header(path)
+            if sealed is not None and sealed.header.extent_id == path.stem:
+                db.prepare(sealed.header)
+                db.complete(sealed.header.extent_id)
+            else:
+                self._set_aside(path)
+
+    def recover(self) -> Iterator[ExtentHeader]:
+        for extent_id in self._db.prepared_ids():
+            # The crash came between the two rows. The rename decides: a file that is there is whole.
+            path = Path(self.path(extent_id))
+            sealed = self._read_header(path) if path.exists() else None
+            if sealed is not None and path.stat().st_size == sealed.header.image_bytes:
+                self._db.complete(extent_id)
+            else:
+                path.unlink(missing_ok=True)
+                self._db.remove_row(extent_id)
+        return self._db.complete_headers()
+
+    def _read_header(self, path: Path) -> SealedHeader | None:
+        try:
+            with path.open("rb") as file:
+                return read_sealed_header(file.fileno())
+        except (OSError, ExtentCorrupt):
+            return None
+
+    # -- images -------------------------------------------------------------------------------------
+
+    def path(self, extent_id: str) -> str:
+        return str(self.directory / "extents" / extent_id[:2] / extent_id[2:4] / f"{extent_id}.kv")
+
+    def write(self, header: ExtentHeader, image: Image) -> None:
+        extent_id = header.extent_id
+        with self._guard:
+            self._db.prepare(header)
+        try:
+            self._replace(Path(self.path(extent_id)), image.data)
+        except OSError:
+            with self._guard:
+                self._db.remove_row(extent_id)
+            raise
+        with self._guard:
+            self._db.complete(extent_id)
+
+    def _replace(self, path: Path, content: bytes | memoryview) -> None:
+        temporary = self.directory / "tmp" / f"{path.name}.{os.getpid()}.{threading.get_ident()}"
+        if not path.parent.exists():
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._sync_folder(path.parent.parent)
+            self._sync_folder(path.parent.parent.parent)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            write_all(fd, content)
+            if self._fsync:
+                os.fsync(fd)
+            os.close(fd)
+            fd = -1
+            temporary.rename(path)
+        except OSError:
+            if fd >= 0:
+                os.close(fd)
+            temporary.unlink(missing_ok=True)
+            raise
+        self._sync_folder(path.parent)
+
+    def _sync_folder(self, folder: Path) -> None:
+        if not self._fsync:
+            return
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def read(self, extent_id: str) -> Image:
+        with Path(self.path(extent_id)).open("rb", buffering=0) as file:
+            image = aligned_empty(os.fstat(file.fileno()).st_size)
+            read_all(file.fileno(), image, 0)
+            return image
+
+    def delete(self, extent_id: str) -> None:
+        Path(self.path(extent_id)).unlink(missing_ok=True)
+        with self._guard:
+            self._db.remove_row(extent_id)
+
+    def quarantine(self, extent_id: str) -> None:
+        self._set_aside(Path(self.path(extent_id)))
+        with self._guard:
+            self._db.remove_row(extent_id)
+
+    def _set_aside(self, path: Path) -> None:
+        aside = self.directory / "quarantine"
+        if path.exists():
+            path.replace(aside / path.name)
+        for old in sorted(aside.iterdir(), key=lambda p: p.stat().st_mtime)[:-MAX_QUARANTINED]:
+            old.unlink()
+
+    def save_order(self, extent_ids: list[str]) -> None:
+        with self._guard:
+            self._db.save_order(extent_ids)
+
+    def free_bytes(self) -> int:
+        return shutil.disk_usage(self.directory).free
+
+    def close(self) -> None:
+        with self._guard:
+            self._db.close()
+        os.close(self._lock_fd)
+
+
+def write_all(fd: int, content: bytes | memoryview) -> None:
+    """Write everything; a short write without an error is continued, none at all is ENOSPC."""
+    view = memoryview(content).cast("B")
+    while len(view):
+        written = os.write(fd, view)
+        if not written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        view = view[written:]
+
+
+def read_all(fd: int, target: Image, offset: int) -> None:
+    """Fill `target` from `offset` on. Raises ExtentCorrupt if the file ends before."""
+    view = target.data
+    while len(view):
+        num_read = os.preadv(fd, [view], offset)
+        if not num_read:
+            raise ExtentCorrupt("the file is cut short")
+        view, offset = view[num_read:], offset + num_read
+
+
+def read_sealed_header(fd: int) -> SealedHeader:
+    """The header of an open extent file, whose first page nearly always holds it whole."""
+    size = ALIGNMENT
+    while True:
+        front = os.pread(fd, size, 0)
+        try:
+            return parse_header(front)
+        except ExtentCorrupt:
+            if len(front) < size or size >= 256 * ALIGNMENT:
+                raise
+            size *= 16

@@ -1,0 +1,50 @@
+"""The dram tier in Ray's object store: one object per extent, owned by the process that holds this tier.
+
+Ray frees an object about a second after its last reference is gone, so the ledger's bytes run a little
+ahead of the store's; the store is sized for it (see `serving.config`).
+"""
+
+from typing import Any
+
+import numpy as np
+import ray
+
+from cache.errors import StoreUnavailable
+from cache.extent import Image
+
+GET_TIMEOUT_S = 10.0
+"""A local object is there in under a millisecond; one that takes this long is lost."""
+
+
+class ObjectStoreTier:
+    """Images as Ray objects. Lives in the node store's actor, so they outlive the engines that made them."""
+
+    def __init__(self) -> None:
+        self._refs: dict[str, Any] = {}
+
+    def __repr__(self) -> str:
+        return f"<ObjectStoreTier {len(self._refs)} objects>"
+
+    def put(self, extent_id: str, image: Image) -> None:
+        self._refs[extent_id] = ray.put(image)
+
+    def get(self, extent_id: str) -> Image:
+        return read_object(self._refs[extent_id])
+
+    def source(self, extent_id: str) -> Any:
+        # Inside a list a reference stays a reference; bare, Ray would resolve it to the value on the way.
+        return [self._refs[extent_id]]
+
+    def drop(self, extent_id: str) -> None:
+        self._refs.pop(extent_id, None)
+
+
+def read_object(ref: Any) -> Image:
+    """The image behind a reference, a read-only view of shared memory. Raises StoreUnavailable if it is lost."""
+    try:
+        image = ray.get(ref, timeout=GET_TIMEOUT_S)
+    except (ray.exceptions.RayError, TimeoutError) as error:
+        raise StoreUnavailable(f"a stored extent can't be fetched: {error}") from error
+    if not isinstance(image, np.ndarray):
+        raise StoreUnavailable(f"a stored extent turned out to be a {type(image).__name__}")
+    return image

@@ -1,0 +1,1 @@
+"""Where a request goes: mirror of the node stores, cost model, policy. Knows nothing of engines."""

@@ -1,0 +1,103 @@
+"""What travels between gateway, decode and prefill: plain frozen values, no behaviour to speak of."""
+
+from dataclasses import dataclass
+
+from cache.hashing import BlockHash, TokenIds
+from router.policy import Decision
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen and when to stop."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    seed: int = 0
+    """Draws are a function of (seed, position), never of the batch. The gateway draws one if the client gave none."""
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One completion to compute."""
+
+    request_id: str
+    token_ids: TokenIds
+    """The prompt, `(num_tokens,)`."""
+    root_hash: BlockHash
+    block_hashes: tuple[BlockHash, ...]
+    """Hashes of the prompt's full blocks, `num_tokens // block_size` of them."""
+    sampling: SamplingParams
+    decision: Decision
+    use_cache: bool = True
+    """False: nothing stored is looked up and nothing is kept; the handoff still works."""
+
+    @property
+    def target(self) -> str | None:
+        """Replica that the router chose, None for any."""
+        return self.decision.decode_replica
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What an answer cost and where its prompt's KV came from. The four tiers and `computed` add up to the prompt."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    device_tokens: int = 0
+    """Found in the engine's own pool."""
+    dram_tokens: int = 0
+    disk_tokens: int = 0
+    remote_tokens: int = 0
+    """Loaded from another node's store."""
+    prefill_tokens: int = 0
+    """Computed for this request by a prefill replica and handed off."""
+    decode_computed_tokens: int = 0
+    """Prompt tokens computed by the decode replica itself."""
+    load_s: float = 0.0
+    """Time spent loading stored blocks."""
+    ttft_s: float = 0.0
+    """From arrival at the engine to the first token."""
+    reason: str = ""
+    """Why the router chose this replica."""
+
+    @property
+    def cached_tokens(self) -> int:
+        return self.device_tokens + self.dram_tokens + self.disk_tokens + self.remote_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """A piece of a streamed answer. The last one has a `finish_reason` and the `usage`."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: str | None = None
+    usage: Usage | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillRequest:
+    """Ask a prefill replica for the KV of `token_ids`, all of which lie in full blocks."""
+
+    request_id: str
+    token_ids: TokenIds
+    root_hash: BlockHash
+    block_hashes: tuple[BlockHash, ...]
+    lease_owner: str
+    """Handoff extents are leased to this owner until it has loaded them."""
+    use_cache: bool = True
+    target: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillProgress:
+    """Streamed by a prefill replica: all blocks up to `num_tokens` can now be loaded from `node_id`'s store."""
+
+    num_tokens: int
+    node_id: str
+    computed_tokens: int = 0
+    """Computed so far for this request, the rest was reused."""
+    done: bool = False
