@@ -27,8 +27,9 @@ NAMESPACE = "tokenloft"
 CALL_TIMEOUT_S = 15.0
 """Longer than any wait inside the node store; a call that takes more has lost its actor."""
 
-# Lookups must not wait behind stores that wait for room, nor either behind readers of events.
-_GROUPS = {"read": 8, "store": 8, "events": 32}
+# Lookups must not wait behind stores that wait for room, nor either behind readers of events. What a
+# waiting store waits for must not queue behind it.
+_GROUPS = {"read": 8, "store": 8, "commit": 8, "events": 32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +95,11 @@ class NodeStoreActor:
     def prepare_store(self, offer: StoreOffer) -> StoreGrant:
         return self._opened.prepare_store(offer)
 
-    @ray.method(concurrency_group="store")
+    @ray.method(concurrency_group="commit")
     def complete_store(self, extent_id: str, image: Image) -> bool:
         return self._opened.complete_store(extent_id, image)
 
-    @ray.method(concurrency_group="store")
+    @ray.method(concurrency_group="commit")
     def abort_store(self, extent_ids: tuple[str, ...]) -> None:
         self._opened.abort_store(extent_ids)
 
@@ -118,11 +119,11 @@ class NodeStoreActor:
     def stats(self) -> StoreStats:
         return self._opened.stats()
 
-    @ray.method(concurrency_group="store")
+    @ray.method(concurrency_group="commit")
     def flush(self, timeout_s: float) -> bool:
         return self._opened.flush(timeout_s)
 
-    @ray.method(concurrency_group="store")
+    @ray.method(concurrency_group="commit")
     def close(self) -> None:
         if self._store is not None:
             self._store.close()

@@ -157,25 +157,40 @@ class WarehouseClient:
     def store(self, offer: StoreOffer, fill: Callable[[ExtentHeader, Image], None]) -> bool:
         """Store what is missing of a chain; `fill` copies an extent's blocks into the image's payload.
 
-        True if everything offered is now stored; False if the store refused some of it.
+        True if everything offered is now stored; False if the store refused some of it. Raises
+        StoreUnavailable; whatever `fill` raises gives the reservations back.
         """
+        stored: set[str] = set()
         while True:
             grant = self.port.prepare_store(offer)
-            waiting = list(grant.extents)
-            try:
-                while waiting:
-                    header = waiting[0]
-                    image = allocate_image(header)
-                    fill(header, image)
-                    seal(header, image)
-                    waiting.pop(0)
-                    if not self.port.complete_store(header.extent_id, image):
-                        return False
-            finally:
-                if waiting:
-                    self.port.abort_store(tuple(header.extent_id for header in waiting))
+            if not self._fill(grant, stored, fill):
+                return False
             if not grant.extents or not grant.has_more:
                 return grant.refusal is None
+
+    def _fill(self, grant: StoreGrant, stored: set[str], fill: Callable[[ExtentHeader, Image], None]) -> bool:
+        """Fill and complete what was granted; False if an extent did not stay, then the rest is given back."""
+        waiting = [header.extent_id for header in grant.extents]
+        try:
+            for header in grant.extents:
+                if header.extent_id in stored:  # evicted again already: the chain is larger than the store
+                    return False
+                image = allocate_image(header)
+                fill(header, image)
+                seal(header, image)
+                if not self.port.complete_store(header.extent_id, image):
+                    return False
+                stored.add(waiting.pop(0))
+            return True
+        finally:
+            if waiting:
+                self._abort(tuple(waiting))
+
+    def _abort(self, extent_ids: tuple[str, ...]) -> None:
+        try:
+            self.port.abort_store(extent_ids)
+        except StoreUnavailable:
+            return  # the reservations lapse by themselves
 
 
 def verify_block(

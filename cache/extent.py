@@ -178,6 +178,32 @@ def parse_header(front: Image | bytes) -> SealedHeader:
     Raises ExtentCorrupt for anything that is not a whole header of this format version.
     """
     view = memoryview(front) if isinstance(front, bytes) else front.data
+    size, checksum = _unpack_prefix(view)
+    packed = bytes(view[_PREFIX.size : _PREFIX.size + size])
+    if len(packed) != size or xxhash.xxh3_64_intdigest(packed) != checksum:
+        raise ExtentCorrupt("the header is cut short or its checksum does not match")
+    return _unpack(packed)
+
+
+def front_bytes(front: bytes) -> int:
+    """How many bytes at the start of an image `parse_header` needs, told by the first few. Raises ExtentCorrupt."""
+    size, _ = _unpack_prefix(memoryview(front))
+    return _PREFIX.size + size
+
+
+def verify_image(extent_id: str, image: Image) -> None:
+    """Raise ExtentCorrupt unless `image` is the whole extent `extent_id` to the bit."""
+    sealed = parse_header(image)
+    header = sealed.header
+    if header.extent_id != extent_id or header.image_bytes != len(image):
+        raise ExtentCorrupt(f"{len(image)} bytes of extent {header.extent_id} are not extent {extent_id}")
+    for index in range(header.num_blocks):
+        begin, end = header.block_range(index)
+        sealed.verify_block(index, image[begin:end])
+
+
+def _unpack_prefix(view: memoryview) -> tuple[int, int]:
+    """Size and checksum of the header that follows."""
     if len(view) < _PREFIX.size:
         raise ExtentCorrupt(f"{len(view)} bytes are too few for an extent")
     magic, version, size, checksum = _PREFIX.unpack(view[: _PREFIX.size])
@@ -185,10 +211,7 @@ def parse_header(front: Image | bytes) -> SealedHeader:
         raise ExtentCorrupt(f"magic is {magic!r}, not {MAGIC!r}")
     if version != FORMAT_VERSION:
         raise ExtentCorrupt(f"format version {version}, this program reads version {FORMAT_VERSION}")
-    packed = bytes(view[_PREFIX.size : _PREFIX.size + size])
-    if len(packed) != size or xxhash.xxh3_64_intdigest(packed) != checksum:
-        raise ExtentCorrupt("the header is cut short or its checksum does not match")
-    return _unpack(packed)
+    return size, checksum
 
 
 def _unpack(packed: bytes) -> SealedHeader:
@@ -207,9 +230,17 @@ def _unpack(packed: bytes) -> SealedHeader:
         checksums = tuple(int(c) for c in np.frombuffer(raw["checksums"], _CHECKSUM))
     except (ValueError, KeyError, TypeError) as error:
         raise ExtentCorrupt(f"the header can't be read: {error}") from error
-    if len(checksums) != header.num_blocks or len(header.root_hash) != HASH_BYTES or not header.num_blocks:
+    if not _is_consistent(header) or len(checksums) != header.num_blocks:
         raise ExtentCorrupt("the header contradicts itself")
     return SealedHeader(header, checksums)
+
+
+def _is_consistent(header: ExtentHeader) -> bool:
+    """At least one block, all full or one that is not, and hashes of the right length."""
+    num_full_tokens = header.num_blocks * header.block_size
+    is_whole = header.num_tokens == num_full_tokens or (header.num_blocks == 1 and header.is_tail)
+    is_hash = len(header.root_hash) == len(header.parent_hash) == HASH_BYTES
+    return is_hash and is_whole and header.num_tokens > 0 and header.block_size > 0
 
 
 def chain_header(

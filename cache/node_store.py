@@ -13,11 +13,11 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from cache.errors import ExtentCorrupt
+from cache.errors import ExtentCorrupt, StoreUnavailable
 from cache.events import DeviceBlocks, Event, EventBatch, EventLog, ReplicaGone, ReplicaLoad, Tier
-from cache.extent import ExtentHeader, Image
+from cache.extent import ExtentHeader, Image, verify_image
 from cache.hashing import BlockHash, iter_hashes
 from cache.ledger import Budgets, Drop, Ledger, Place
 from cache.messages import LoadGrant, LoadPiece, LoadQuery, StoreGrant, StoreOffer, StoreStats
@@ -54,6 +54,8 @@ class NodeStore:
         node_id: str = "local",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        if disk is None:
+            config = replace(config, budgets=replace(config.budgets, disk_bytes=0))
         self._config = config
         self._dram = dram
         self._disk = disk
@@ -62,8 +64,8 @@ class NodeStore:
         self._events = EventLog(node_id, uuid.uuid4().hex, self._snapshot)
         self._ledger = Ledger(config.budgets, self._events.append, lease_ttl_s=config.lease_ttl_s)
         self._devices: dict[str, _Device] = {}
-        self._deletions: deque[str] = deque()
-        self._promotions: deque[str] = deque()
+        self._removals: deque[_Removal] = deque()
+        self._promotions: dict[str, None] = {}
         self._degraded: str | None = None
         self._retry_disk_at = 0.0
         self._is_closing = False
@@ -83,11 +85,13 @@ class NodeStore:
     def _recover(self) -> int:
         if self._disk is None:
             return 0
-        for header in self._disk.recover():
-            self._ledger.recover(header)
-        num_blocks = self._ledger.num_blocks
-        self._apply(self._ledger.shrink_disk())
-        return num_blocks
+        with self._changed:
+            for header in self._disk.recover():
+                if not self._ledger.recover(header):
+                    # An extent that could not be deleted, and whose blocks were stored again.
+                    self._removals.append(_Removal(header.extent_id))
+            self._apply(self._ledger.shrink_disk())
+            return self._ledger.num_blocks
 
     # -- reading ------------------------------------------------------------------------------------
 
@@ -109,7 +113,7 @@ class NodeStore:
             tokens = min((first + end - at) * query.block_size, num_tokens) - first * query.block_size
             tier = Tier.DRAM if extent.in_dram else Tier.DISK
             if tier is Tier.DISK and self._ledger.note_disk_hit(extent):
-                self._promotions.append(extent.extent_id)
+                self._promotions[extent.extent_id] = None
                 self._changed.notify_all()
             pieces.append(
                 LoadPiece(extent.extent_id, tier, first, tokens, position, self._source(extent.extent_id, tier))
@@ -140,23 +144,18 @@ class NodeStore:
             if tier is Tier.DRAM:
                 return self._dram.get(extent_id)
             return self._disk.read(extent_id) if self._disk is not None else None
-        except (KeyError, OSError, ExtentCorrupt):
+        except (KeyError, OSError, ExtentCorrupt, StoreUnavailable):
             return None
 
     def report_bad(self, extent_id: str, tier: Tier, reason: str) -> None:
         """A reader found an image corrupt or missing: quarantine it, so that it is a miss from now on."""
         with self._changed:
             drops = self._ledger.discard(extent_id, tier)
-            self._ledger.counters["quarantined_extents"] += bool(drops)
-            self._apply([drop for drop in drops if drop.tier is Tier.DRAM])
-        if not drops:
-            return
+            if not drops:
+                return
+            self._ledger.counters["quarantined_extents"] += 1
+            self._apply(drops, is_bad=True)
         logger.warning("quarantined extent %s in %s: %s", extent_id, tier.value, reason)
-        if tier is Tier.DISK and self._disk is not None:
-            try:
-                self._disk.quarantine(extent_id)
-            except OSError as error:
-                self._disk_failed(error)
 
     # -- storing ------------------------------------------------------------------------------------
 
@@ -170,22 +169,39 @@ class NodeStore:
                 if decision.granted or not (decision.is_busy or decision.is_full):
                     return StoreGrant(tuple(decision.granted), has_more=decision.has_more)
                 # A full handoff budget empties only when its reader is done: that may be never, so don't wait.
+                is_hopeless = decision.is_too_big or (decision.is_full and offer.handoff_owner is not None)
                 left = deadline - self._clock()
-                if left <= 0 or (decision.is_full and offer.handoff_owner is not None) or self._is_closing:
+                if left <= 0 or is_hopeless or self._is_closing:
                     reason = "another writer is busy with these blocks" if decision.is_busy else "no room"
                     self._ledger.counters["refused_stores"] += 1
                     return StoreGrant(refusal=reason)
                 self._changed.wait(min(left, 0.5))
 
     def complete_store(self, extent_id: str, image: Image) -> bool:
-        """Take the sealed image of a granted extent and make it visible. False if the grant has lapsed."""
-        self._dram.put(extent_id, image)
+        """Take the sealed image of a granted extent and make it visible.
+
+        False if the grant has lapsed, or the dram tier could not take the image. A lapsed grant that
+        somebody else has filled since counts as stored.
+        """
         with self._changed:
-            is_stored = self._ledger.complete_store(extent_id, self._clock())
+            if not self._ledger.is_prepared(extent_id):
+                return self._is_in_dram(extent_id)
+        try:
+            self._dram.put(extent_id, image)
+        except MemoryError as error:
+            logger.warning("extent %s could not be stored: %s", extent_id, error)
+            self.abort_store((extent_id,))
+            return False
+        with self._changed:
+            is_stored = self._ledger.complete_store(extent_id, self._clock()) or self._is_in_dram(extent_id)
+            if not is_stored:
+                self._dram.drop(extent_id)
             self._changed.notify_all()
-        if not is_stored:
-            self._dram.drop(extent_id)
-        return is_stored
+            return is_stored
+
+    def _is_in_dram(self, extent_id: str) -> bool:
+        extent = self._ledger.find(extent_id)
+        return extent is not None and (extent.in_dram or extent.is_promoting)
 
     def abort_store(self, extent_ids: tuple[str, ...]) -> None:
         """Give granted extents back unfilled."""
@@ -199,14 +215,13 @@ class NodeStore:
     def report_engine(self, load: ReplicaLoad, blocks: DeviceBlocks | None) -> None:
         """An engine tells its load and what changed in its pool."""
         with self._changed:
-            device = self._devices.setdefault(load.replica_id, _Device(load))
-            device.load = load
-            device.seen_at = self._clock()
+            device = self._devices.setdefault(load.replica_id, _Device(load, self._clock()))
+            device.load, device.seen_at = load, self._clock()
             if blocks is not None:
                 device.hashes.difference_update(iter_hashes(blocks.removed))
                 device.hashes.update(iter_hashes(blocks.added))
                 self._events.append(blocks)
-        self._events.append(load)
+            self._events.append(load)
 
     def forget_engine(self, replica_id: str) -> None:
         """An engine has left."""
@@ -283,13 +298,13 @@ class NodeStore:
 
     # -- the writer thread --------------------------------------------------------------------------
 
-    def _apply(self, drops: list[Drop]) -> None:
+    def _apply(self, drops: list[Drop], *, is_bad: bool = False) -> None:
         """Dram at once, files later by the writer. Called under the lock."""
         for extent_id, tier in drops:
             if tier is Tier.DRAM:
                 self._dram.drop(extent_id)
             else:
-                self._deletions.append(extent_id)
+                self._removals.append(_Removal(extent_id, is_bad))
         if drops:
             self._changed.notify_all()
 
@@ -299,42 +314,54 @@ class NodeStore:
                 self._expire()
                 header, drops = self._ledger.next_write()
                 self._apply(drops)
-                deletions = list(self._deletions)
-                self._deletions.clear()
-                promotion = self._promotions.popleft() if self._promotions else None
-                if header is None and promotion is None and not deletions:
+                removals = self._take_removals()
+                promotion = next(iter(self._promotions), None)
+                if header is None and promotion is None and not removals:
                     if self._is_closing:
                         return
                     self._changed.wait(1.0)
                     continue
-            self._delete(deletions)
+            # First of all: a full disk gets room by them, and an id must go before it may come again.
+            for removal in removals:
+                self._remove_file(removal)
             if header is not None:
                 self._write(header)
             if promotion is not None:
                 self._promote(promotion)
 
+    def _take_removals(self) -> list["_Removal"]:
+        """Files to remove now; none while the disk is down, or the writer would spin on them."""
+        if self._degraded and self._clock() < self._retry_disk_at:
+            return []
+        removals = list(self._removals)
+        self._removals.clear()
+        return removals
+
     def _expire(self) -> None:
         now = self._clock()
         self._apply(self._ledger.expire(now))
         for replica_id, device in list(self._devices.items()):
-            if device.seen_at and now - device.seen_at > self._config.replica_ttl_s:
+            if now - device.seen_at > self._config.replica_ttl_s:
                 del self._devices[replica_id]
                 self._events.append(ReplicaGone(replica_id))
         if self._degraded and self._disk is not None and now >= self._retry_disk_at:
             self._ledger.disk_accepts_writes = True
 
-    def _delete(self, extent_ids: list[str]) -> None:
-        assert self._disk is not None or not extent_ids
-        for extent_id in extent_ids:
+    def _remove_file(self, removal: "_Removal") -> None:
+        assert self._disk is not None
+        with self._changed:
+            extent = self._ledger.find(removal.extent_id)
+            if extent is not None and extent.on_disk:
+                return  # written again since
+        try:
+            if removal.is_bad:
+                self._disk.quarantine(removal.extent_id)
+            else:
+                self._disk.delete(removal.extent_id)
+        except OSError as error:
             with self._changed:
-                extent = self._ledger.find(extent_id)
-                if extent is not None and (extent.on_disk or extent.is_writing):
-                    continue  # stored again since
-            try:
-                if self._disk is not None:
-                    self._disk.delete(extent_id)
-            except OSError as error:
-                self._disk_failed(error)
+                self._removals.append(removal)
+            self._disk_failed(error)
 
     def _write(self, header: ExtentHeader) -> None:
         assert self._disk is not None
@@ -344,6 +371,9 @@ class NodeStore:
                 raise _LowSpace(f"less than {self._config.min_free_bytes >> 20} MiB free on the file system")
             self._disk.write(header, self._dram.get(extent_id))
         except KeyError:
+            self._give_up_write(extent_id)  # found bad and dropped meanwhile
+        except StoreUnavailable as lost:
+            self.report_bad(extent_id, Tier.DRAM, str(lost))
             self._give_up_write(extent_id)
         except _LowSpace as low:
             self._give_up_write(extent_id)
@@ -358,6 +388,7 @@ class NodeStore:
     def _give_up_write(self, extent_id: str) -> None:
         with self._changed:
             self._ledger.write_failed(extent_id, retry=False)
+            self._changed.notify_all()
 
     def _wrote(self, extent_id: str) -> None:
         with self._changed:
@@ -370,18 +401,27 @@ class NodeStore:
     def _promote(self, extent_id: str) -> None:
         assert self._disk is not None
         with self._changed:
+            del self._promotions[extent_id]
             drops = self._ledger.prepare_promote(extent_id)
             if drops is None:
                 return
             self._apply(drops)
+        bad: str | None = None
+        succeeded = False
         try:
-            self._dram.put(extent_id, self._disk.read(extent_id))
+            image = self._disk.read(extent_id)
+            verify_image(extent_id, image)
+            self._dram.put(extent_id, image)
             succeeded = True
-        except (OSError, ExtentCorrupt) as error:
+        except (FileNotFoundError, ExtentCorrupt) as error:
+            bad = str(error)
+        except (OSError, MemoryError) as error:
             logger.warning("extent %s could not be promoted: %s", extent_id, error)
-            succeeded = False
         with self._changed:
             self._ledger.complete_promote(extent_id, succeeded=succeeded)
+            self._changed.notify_all()
+        if bad is not None:
+            self.report_bad(extent_id, Tier.DISK, bad)
 
     def _disk_failed(self, error: OSError) -> None:
         with self._changed:
@@ -396,6 +436,14 @@ class NodeStore:
             self._degraded = reason
 
 
+@dataclass(frozen=True, slots=True)
+class _Removal:
+    """A file to delete, or to set aside because it is bad."""
+
+    extent_id: str
+    is_bad: bool = False
+
+
 class _LowSpace(Exception):
     """The file system has less free space than the configuration wants kept."""
 
@@ -405,5 +453,5 @@ class _Device:
     """What one engine has reported."""
 
     load: ReplicaLoad
-    seen_at: float = 0.0
+    seen_at: float
     hashes: set[BlockHash] = field(default_factory=set)

@@ -96,13 +96,16 @@ class PrefixIndex:
 
     def superseded_by(self, parent_hash: BlockHash, token_ids: TokenIds) -> list[BlockHash]:
         """Partial blocks after `parent_hash` whose tokens are a proper prefix of `token_ids`."""
+        children = self._children.get(parent_hash)
+        if not children:
+            return []
         tokens = token_ids.astype(">i4").tobytes()
         found = []
-        for child_tokens, child in self._children.get(parent_hash, ()):
-            if child_tokens >= tokens:
-                break
-            if tokens.startswith(child_tokens):
-                found.append(child)
+        # One search per length: a popular parent has far more children than a block has tokens.
+        for end in range(4, len(tokens), 4):
+            at = bisect_left(children, (tokens[:end], b""))
+            if at < len(children) and children[at][0] == tokens[:end]:
+                found.append(children[at][1])
         return found
 
     def check_integrity(self) -> None:

@@ -103,14 +103,15 @@ class Mirror:
     def predict(self, replica_id: str, block_hashes: Sequence[BlockHash]) -> None:
         """Blocks that a request just routed will create in this replica's pool, believed for a few seconds."""
         self._expire_predictions()
-        if replica_id not in self._loads or not block_hashes:
+        if replica_id not in self._loads:
             return
         place = Place(self._loads[replica_id][0], Tier.DEVICE, replica_id)
-        self._bit(place)
-        for block_hash in block_hashes:
+        bit = self._bit(place)
+        coming = [block_hash for block_hash in block_hashes if not self._holders.get(block_hash, 0) & bit]
+        for block_hash in coming:
             self._predicted.setdefault(block_hash, Counter())[place] += 1
         expires_s = self._clock() + self._prediction_ttl_s
-        self._predictions.append(_Prediction(expires_s, place, pack_hashes(block_hashes)))
+        self._predictions.append(_Prediction(expires_s, place, pack_hashes(coming)))
 
     # -- asking
 

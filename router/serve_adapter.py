@@ -24,8 +24,10 @@ class TargetRouter(FIFOMixin, RequestRouter):
     # A busy engine may answer a probe late. Waiting for it is cheaper than losing the blocks that it holds.
     queue_len_response_deadline_s = 1.0
 
-    def initialize_state(self, seed: int | None = None) -> None:
-        """`seed` makes the draws repeatable; it comes from `request_router_kwargs`."""
+    def initialize_state(self, seed: int | None = None, **unknown: object) -> None:
+        """`seed` makes the draws repeatable. Called by Serve with its `request_router_kwargs`."""
+        if unknown:
+            raise TypeError(f"TargetRouter takes only seed, not {', '.join(sorted(unknown))}")
         self._random = Random(seed)
 
     async def choose_replicas(

@@ -7,6 +7,7 @@ Never reads environment variables and never touches Ray, torch or the network.
 
 import difflib
 import ipaddress
+import os
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ def _absolute(value: object) -> object:
     """Absolute at once: actors run in other working directories."""
     if not isinstance(value, str | Path):
         raise ValueError("should be the path of a folder")
-    return Path(value).expanduser().absolute()
+    return Path(os.path.expanduser(value)).absolute()  # noqa: PTH111 - Path's own raises on ~nobody
 
 
 def _check_device(value: str) -> str:
@@ -197,8 +198,8 @@ class _StrictLoader(yaml.SafeLoader):
     """YAML whose mappings name each key once; plain YAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[object] = set()
-        for key_node, _ in node.value:
+        seen: set[str] = set()
+        for key_node in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key_node.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key_node.value!r} is given twice", key_node.start_mark
@@ -208,15 +209,21 @@ class _StrictLoader(yaml.SafeLoader):
         return mapping
 
 
+def _parse_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, _StrictLoader)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date with a thirteenth month, for example
+        raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: there is no such config file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: can't be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    data = _parse_yaml(text, str(path))
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -231,10 +238,7 @@ def _apply_override(data: dict[str, Any], override: str) -> str:
     keys = dotted.strip().split(".")
     if not equals or len(keys) != 2 or not all(keys):
         raise ConfigError(f"--set {override}: should be section.key=value, for example http.port=8001")
-    try:
-        value = yaml.load(text, _StrictLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not valid YAML: {' '.join(str(error).split())}") from error
+    value = _parse_yaml(text, f"--set {override}")
     section = data.setdefault(keys[0], {})
     if isinstance(section, dict):  # otherwise the file is wrong, and validation will say so
         section[keys[1]] = value
@@ -259,7 +263,7 @@ def _dotted(loc: tuple[int | str, ...]) -> str:
 
 
 def _complaint(detail: ErrorDetails) -> str:
-    if detail["type"] == "extra_forbidden":
+    if detail["type"] in ("extra_forbidden", "invalid_key"):
         return f"unknown key{_suggestion(detail['loc'])}"
     if detail["type"] == "model_type":
         return f"should be a section with keys under it, not {_kind(detail['input'])}"

@@ -42,6 +42,7 @@ def _check(folder: Path) -> None:
 
 
 def _announce(stage: str) -> None:
+    """Fails once the reader is gone, and so ends a conversion that nobody waits for any more."""
     sys.stdout.write(f"{stage}\n")
     sys.stdout.flush()
 

@@ -56,7 +56,7 @@ def _missing_weights(directory: Path) -> list[str]:
     if index.is_file():
         try:
             names = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{index} is damaged ({error!r}): fetch the model again") from error
         return sorted(name for name in names if not (directory / name).is_file())
     return [] if any(directory.glob("*.safetensors")) else ["weights (*.safetensors)"]

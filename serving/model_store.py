@@ -63,7 +63,7 @@ def prepare_model(name: str, progress: Progress, cache_directory: Path | None = 
     try:
         if name == ALIAS:
             served_as, directory = ALIAS, _prepare_alias(cache_directory / "models" / ALIAS, progress)
-        elif (folder := Path(name).expanduser()).is_dir():
+        elif name and (folder := Path(os.path.expanduser(name))).is_dir():  # noqa: PTH111 - Path's raises on ~nobody
             directory = folder.absolute()
             served_as = directory.resolve().name
         else:
@@ -137,7 +137,7 @@ def _build_and_rename(target: Path, source: str, build: Callable[[Path], None]) 
     """Under the lock: every other folder of these names is a leftover."""
     prefix = f".{target.name}.preparing-"
     for leftover in target.parent.glob(f"{prefix}*"):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
     try:
         build(folder)
@@ -179,8 +179,9 @@ def _complete(folder: Path, source: str) -> None:
 def _is_complete(folder: Path, source: str) -> bool:
     try:
         marker = json.loads((folder / _MARKER).read_text())
-        return bool(marker == {"source": source, "files": _sizes(folder)})
-    except (OSError, ValueError):
+        # Whatever else has come to lie there since is no harm.
+        return bool(marker["source"] == source and marker["files"].items() <= _sizes(folder).items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 

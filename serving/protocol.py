@@ -75,17 +75,20 @@ class TokenBatch:
     token_ids: tuple[int, ...]
     text: str
     finish_reason: str | None = None
+    """`stop` or `length`; `error` if the engine failed, with the reason as `text`."""
     usage: Usage | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillRequest:
-    """Ask a prefill replica for the KV of `token_ids`, all of which lie in full blocks."""
+    """Ask a prefill replica for the KV of `token_ids`, a whole number of blocks."""
 
     request_id: str
     token_ids: TokenIds
     root_hash: BlockHash
     block_hashes: tuple[BlockHash, ...]
+    first_block: int
+    """Blocks before this one are in the asker's pool already and need not be handed off."""
     lease_owner: str
     """Handoff extents are leased to this owner until it has loaded them."""
     use_cache: bool = True

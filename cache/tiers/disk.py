@@ -8,9 +8,10 @@
       tmp/                   files being written; emptied at start
       quarantine/            the last bad files
 
-A write is: row `prepared`, temp file, fsync, rename, fsync of the folder, row `complete`. So a crash leaves
-a prepared row, which is checked at the next start, and at most one temp file, which is removed. A delete
-unlinks first and updates the index after: a full disk has no room for rows.
+A write is: row `prepared`, temp file, fsync, rename, fsync of the folder, row `complete`. A delete unlinks
+first and updates the index after: a full disk has no room for rows. After an owner that did not close, rows
+and files are compared: the few files without a complete row are checked, rows without a file and temp files
+are removed. Nothing is ever pickled.
 """
 
 import errno
@@ -24,13 +25,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cache.errors import ExtentCorrupt, FolderError, FolderInUse
-from cache.extent import ALIGNMENT, ExtentHeader, Image, SealedHeader, aligned_empty, parse_header
+from cache.extent import ALIGNMENT, ExtentHeader, Image, SealedHeader, aligned_empty, front_bytes, parse_header
 from cache.tiers.index_db import IndexDamaged, IndexDb
 
 FOLDER_VERSION = 1
 LOCK_WAIT_S = 10.0
 """A killed owner's lock can outlive it by seconds."""
-MAX_QUARANTINED = 16
+MAX_QUARANTINED = 4
+"""They are outside the disk budget."""
+_FORMAT = "format.json"
+_OWN_NAMES = {
+    "lock",
+    "index.sqlite",
+    "index.sqlite-wal",
+    "index.sqlite-shm",
+    "extents",
+    "tmp",
+    "quarantine",
+    "lost+found",
+}
 
 
 class FileTier:
@@ -44,6 +57,7 @@ class FileTier:
         report: Callable[[str], None] = lambda message: None,
         lock_wait_s: float = LOCK_WAIT_S,
     ) -> None:
+        """Raises FolderError if the folder can't be used, FolderInUse if another process owns it."""
         self.directory = directory
         self._fsync = fsync
         self._report = report
@@ -51,8 +65,11 @@ class FileTier:
         try:
             self._make_folders()
             self._lock_fd = self._take_lock(lock_wait_s)
-            self._check_version()
-            self._empty_tmp()
+            try:
+                self._db = self._open_folder()
+            except (OSError, FolderError):
+                os.close(self._lock_fd)
+                raise
         except PermissionError as error:
             raise FolderError(
                 f"warehouse folder {directory} can't be written: {error.strerror} ({error.filename}). "
@@ -60,7 +77,8 @@ class FileTier:
             ) from error
         except (FileExistsError, NotADirectoryError) as error:
             raise FolderError(f"warehouse folder {directory}: {error.filename} is no folder") from error
-        self._db = self._open_index()
+        except OSError as error:
+            raise FolderError(f"warehouse folder {directory} can't be opened: {error}") from error
 
     def __repr__(self) -> str:
         return f"<FileTier {self.directory}>"
@@ -69,6 +87,13 @@ class FileTier:
 
     def _make_folders(self) -> None:
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not (self.directory / _FORMAT).exists():
+            foreign = sorted(path.name for path in self.directory.iterdir() if path.name not in _OWN_NAMES)
+            if foreign:  # its mode is about to change, and nothing of ours belongs between a user's files
+                raise FolderError(
+                    f"warehouse folder {self.directory} holds other files ({foreign[0]}). "
+                    "Choose an empty or a new folder with --warehouse."
+                )
         self.directory.chmod(0o700)
         for name in ("extents", "tmp", "quarantine"):
             (self.directory / name).mkdir(mode=0o700, exist_ok=True)
@@ -91,9 +116,21 @@ class FileTier:
                         "Stop that server or choose another folder with --warehouse."
                     ) from None
                 time.sleep(0.1)
+            except OSError:
+                os.close(fd)
+                raise
+
+    def _open_folder(self) -> IndexDb:
+        self._check_version()
+        for leftover in (self.directory / "tmp").iterdir():
+            leftover.unlink()
+        db = self._open_index()
+        if not db.was_closed:
+            self._reconcile(db)
+        return db
 
     def _check_version(self) -> None:
-        path = self.directory / "format.json"
+        path = self.directory / _FORMAT
         if not path.exists():
             self._replace(path, json.dumps({"format": FOLDER_VERSION}).encode())
             return
@@ -107,54 +144,51 @@ class FileTier:
                 "Choose another folder with --warehouse."
             )
 
-    def _empty_tmp(self) -> None:
-        for leftover in (self.directory / "tmp").iterdir():
-            leftover.unlink()
-
     def _open_index(self) -> IndexDb:
         path = self.directory / "index.sqlite"
-        is_new = not path.exists()
         try:
-            db = IndexDb(path)
+            return IndexDb(path)
         except IndexDamaged as damage:
             self._report(f"the index of {self.directory} is damaged ({damage}): rebuilding it from the extents")
-            IndexDb.remove(path)
-            db, is_new = IndexDb(path), True
-        if is_new:
-            self._rebuild(db)
-        return db
+        IndexDb.remove(path)
+        try:
+            return IndexDb(path)
+        except IndexDamaged as damage:
+            raise FolderError(f"the index {path} can't be made: {damage}") from damage
 
-    def _rebuild(self, db: IndexDb) -> None:
-        """Fill an empty index from the headers of whatever files there are, oldest first."""
-        files = sorted(self.directory.glob("extents/*/*/*.kv"), key=lambda path: path.stat().st_mtime)
-        if files:
-            self._report(f"reading the headers of {len(files)} extents to rebuild the index")
-        for path in files:
-            sealed = self._read_header(path)
-            if sealed is not None and sealed.header.extent_id == path.stem:
-                db.prepare(sealed.header)
-                db.complete(sealed.header.extent_id)
-            else:
+    def _reconcile(self, db: IndexDb) -> None:
+        """Make rows and files agree after a crash, a power cut or the loss of the index.
+
+        Reads the headers of those files only that have no complete row, oldest first. A file that is whole
+        is kept: the rename made it so. A row without a file goes.
+        """
+        states = db.states()
+        files = list((self.directory / "extents").glob("*/*/*.kv"))
+        unknown = [path for path in files if not states.get(path.stem)]
+        if unknown:
+            self._report(f"checking {len(unknown)} extents that the index of {self.directory} does not vouch for")
+        for path in sorted(unknown, key=lambda path: path.stat().st_mtime):
+            header = self._whole_header(path)
+            if header is None:
                 self._set_aside(path)
-
-    def recover(self) -> Iterator[ExtentHeader]:
-        for extent_id in self._db.prepared_ids():
-            # The crash came between the two rows. The rename decides: a file that is there is whole.
-            path = Path(self.path(extent_id))
-            sealed = self._read_header(path) if path.exists() else None
-            if sealed is not None and path.stat().st_size == sealed.header.image_bytes:
-                self._db.complete(extent_id)
+                db.remove_row(path.stem)
             else:
-                path.unlink(missing_ok=True)
-                self._db.remove_row(extent_id)
-        return self._db.complete_headers()
+                db.prepare(header)
+                db.complete(header.extent_id)
+        for extent_id in states.keys() - {path.stem for path in files}:
+            db.remove_row(extent_id)
 
-    def _read_header(self, path: Path) -> SealedHeader | None:
+    def _whole_header(self, path: Path) -> ExtentHeader | None:
         try:
             with path.open("rb") as file:
-                return read_sealed_header(file.fileno())
+                header = read_sealed_header(file.fileno()).header
+                size = os.fstat(file.fileno()).st_size
         except (OSError, ExtentCorrupt):
             return None
+        return header if header.extent_id == path.stem and header.image_bytes == size else None
+
+    def recover(self) -> Iterator[ExtentHeader]:
+        return self._db.complete_headers()
 
     # -- images -------------------------------------------------------------------------------------
 
@@ -167,30 +201,28 @@ class FileTier:
             self._db.prepare(header)
         try:
             self._replace(Path(self.path(extent_id)), image.data)
-        except OSError:
             with self._guard:
-                self._db.remove_row(extent_id)
+                self._db.complete(extent_id)
+        except OSError:
+            self.delete(extent_id)
             raise
-        with self._guard:
-            self._db.complete(extent_id)
 
     def _replace(self, path: Path, content: bytes | memoryview) -> None:
         temporary = self.directory / "tmp" / f"{path.name}.{os.getpid()}.{threading.get_ident()}"
-        if not path.parent.exists():
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._sync_folder(path.parent.parent)
-            self._sync_folder(path.parent.parent.parent)
+        for folder in (path.parent.parent, path.parent):
+            if not folder.exists():
+                folder.mkdir(mode=0o700, exist_ok=True)
+                self._sync_folder(folder.parent)
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            write_all(fd, content)
-            if self._fsync:
-                os.fsync(fd)
-            os.close(fd)
-            fd = -1
-            temporary.rename(path)
-        except OSError:
-            if fd >= 0:
+            try:
+                write_all(fd, content)
+                if self._fsync:
+                    os.fsync(fd)
+            finally:
                 os.close(fd)
+            temporary.replace(path)
+        except OSError:
             temporary.unlink(missing_ok=True)
             raise
         self._sync_folder(path.parent)
@@ -224,6 +256,7 @@ class FileTier:
         aside = self.directory / "quarantine"
         if path.exists():
             path.replace(aside / path.name)
+            os.utime(aside / path.name)  # the age of the finding counts, not the file's
         for old in sorted(aside.iterdir(), key=lambda p: p.stat().st_mtime)[:-MAX_QUARANTINED]:
             old.unlink()
 
@@ -262,12 +295,8 @@ def read_all(fd: int, target: Image, offset: int) -> None:
 
 def read_sealed_header(fd: int) -> SealedHeader:
     """The header of an open extent file, whose first page nearly always holds it whole."""
-    size = ALIGNMENT
-    while True:
-        front = os.pread(fd, size, 0)
-        try:
-            return parse_header(front)
-        except ExtentCorrupt:
-            if len(front) < size or size >= 256 * ALIGNMENT:
-                raise
-            size *= 16
+    front = os.pread(fd, ALIGNMENT, 0)
+    num_bytes = front_bytes(front)
+    if num_bytes > len(front):
+        front = os.pread(fd, min(num_bytes, os.fstat(fd).st_size), 0)
+    return parse_header(front)

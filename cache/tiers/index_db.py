@@ -1,10 +1,11 @@
 """The disk tier's index: one SQLite row per extent, `prepared` and then `complete`.
 
 SQLite in WAL mode with synchronous=NORMAL: a commit costs about 0.1 ms, and after a power cut the last
-rows may be missing but the database is whole. A lost `complete` row is made good at the next start, where
-prepared extents are checked against their files.
+rows may be missing but the database is whole. `was_closed` tells whether rows and files can differ: it is
+true only if the last owner closed the index with no write under way.
 """
 
+import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,9 @@ _HEADER_COLUMNS = (
 )
 
 
+_OPEN, _CLOSED = 0, 1  # values of SQLite's user_version
+
+
 class IndexDamaged(Exception):
     """The database can't be read; the files' headers can replace it."""
 
@@ -44,18 +48,27 @@ class IndexDb:
     """See the module's docstring. Not thread-safe: the disk tier holds a lock around it."""
 
     def __init__(self, path: Path) -> None:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # SQLite keeps the mode
+        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         try:
-            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=NORMAL")
-            self._db.executescript(_SCHEMA)
-            verdict = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
-            last = self._db.execute("SELECT COALESCE(MAX(use_order), 0) FROM extents").fetchone()[0]
-        except sqlite3.DatabaseError as error:
-            raise IndexDamaged(str(error)) from error
+            verdict, self.was_closed, last = self._open()
+        except sqlite3.Error as error:
+            verdict = str(error)
         if verdict != "ok":
+            self._db.close()
             raise IndexDamaged(verdict)
-        self._next_order = int(last) + 1
+        self._next_order = last + 1
+
+    def _open(self) -> tuple[str, bool, int]:
+        """SQLite's verdict on the file, whether the last owner closed it, and the highest order in it."""
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=NORMAL")
+        self._db.executescript(_SCHEMA)
+        verdict = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        last = self._db.execute("SELECT COALESCE(MAX(use_order), 0) FROM extents").fetchone()[0]
+        was_closed = self._db.execute("PRAGMA user_version").fetchone()[0] == _CLOSED
+        self._db.execute(f"PRAGMA user_version = {_OPEN}")
+        return str(verdict), was_closed, int(last)
 
     @staticmethod
     def remove(path: Path) -> None:
@@ -102,9 +115,9 @@ class IndexDb:
             raise OSError(f"the warehouse's index can't be written: {error}") from error
         self._next_order = max(self._next_order, len(rows))
 
-    def prepared_ids(self) -> list[str]:
-        """Extents whose write had begun when the last owner stopped."""
-        return [row[0] for row in self._db.execute("SELECT extent_id FROM extents WHERE is_complete = 0")]
+    def states(self) -> dict[str, bool]:
+        """All extents, and whether each is complete."""
+        return {row[0]: bool(row[1]) for row in self._db.execute("SELECT extent_id, is_complete FROM extents")}
 
     def complete_headers(self) -> Iterator[ExtentHeader]:
         """Durable extents, least recently used first."""
@@ -122,7 +135,14 @@ class IndexDb:
             )
 
     def close(self) -> None:
-        self._db.close()
+        """Close, and say so in the database if no write is under way. A full disk leaves it unsaid."""
+        try:
+            if not self._db.execute("SELECT 1 FROM extents WHERE is_complete = 0 LIMIT 1").fetchone():
+                self._db.execute(f"PRAGMA user_version = {_CLOSED}")
+        except sqlite3.Error:
+            return
+        finally:
+            self._db.close()
 
     def _execute(self, statement: str, row: tuple[object, ...]) -> None:
         try:

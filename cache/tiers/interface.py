@@ -11,10 +11,13 @@ class DramTier(Protocol):
     """Images in this node's memory, each put once under its extent's id."""
 
     def put(self, extent_id: str, image: Image) -> None:
-        """Keep `image`, which the caller may reuse or free afterwards."""
+        """Keep `image`, which the caller may reuse or free afterwards. Raises MemoryError if there is no room."""
 
     def get(self, extent_id: str) -> Image:
-        """The image, read-only, valid as long as the caller holds it. Raises KeyError if it is not here."""
+        """The image, read-only, valid as long as the caller holds it.
+
+        Raises KeyError if it is not here, StoreUnavailable if it should be but can't be had.
+        """
 
     def source(self, extent_id: str) -> Any:
         """What a reader, maybe in another process, turns into the image. Raises KeyError if it is not here."""

@@ -26,7 +26,10 @@ class ObjectStoreTier:
         return f"<ObjectStoreTier {len(self._refs)} objects>"
 
     def put(self, extent_id: str, image: Image) -> None:
-        self._refs[extent_id] = ray.put(image)
+        try:
+            self._refs[extent_id] = ray.put(image)
+        except ray.exceptions.ObjectStoreFullError as error:
+            raise MemoryError(f"Ray's object store has no room for {len(image)} bytes") from error
 
     def get(self, extent_id: str) -> Image:
         return read_object(self._refs[extent_id])

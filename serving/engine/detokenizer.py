@@ -13,11 +13,12 @@ from typing import Protocol
 REPLACEMENT = "\ufffd"
 """What decoders put for bytes that are no character, or not yet."""
 
-MAX_HELD_CHARS = 3
+MAX_INCOMPLETE_CHARS = 3
 """An incomplete UTF-8 character is at most three bytes, and shows as one to three replacement characters."""
 
 MAX_FRESH_TOKENS = 16
-"""Beyond this the text is no ordinary text but a run of broken bytes, and the window is cut within it."""
+"""Replacement characters at the end are held back for so many tokens: some decoders turn a whole run of bytes into
+them while its last character is incomplete. What is longer is no text but broken bytes, and is let go."""
 
 
 class Tokenizer(Protocol):
@@ -55,13 +56,14 @@ class IncrementalDetokenizer:
             return "", self._stop.is_stopped
         self._fresh.append(token_id)
         text = self._decode(self._context + self._fresh)
-        certain = _without_incomplete_end(text)
+        is_broken = len(self._fresh) > MAX_FRESH_TOKENS
+        certain = _without_replacements_at_end(text, MAX_INCOMPLETE_CHARS if is_broken else len(text))
         delta = certain[self._num_sent_chars :]
         self._num_sent_chars = max(self._num_sent_chars, len(certain))
         if not text.endswith(REPLACEMENT):
             self._context, self._fresh = self._fresh, []
             self._num_sent_chars = len(self._decode(self._context))
-        elif len(self._fresh) > MAX_FRESH_TOKENS:
+        elif is_broken:
             self._cut_window(text)
         return self._stop.push(delta), self._stop.is_stopped
 
@@ -79,7 +81,7 @@ class IncrementalDetokenizer:
         Then nothing that follows can join them: the right side, which is not empty, has settled the left.
         """
         window = self._context + self._fresh
-        for num_right in range(1, MAX_HELD_CHARS + 2):
+        for num_right in range(1, MAX_INCOMPLETE_CHARS + 2):
             left = self._decode(window[:-num_right])
             if len(left) <= self._num_sent_chars and left + self._decode(window[-num_right:]) == text:
                 self._context, self._fresh = [], window[-num_right:]
@@ -135,6 +137,6 @@ class StopMatcher:
         return longest
 
 
-def _without_incomplete_end(text: str) -> str:
-    num_held = min(len(text) - len(text.rstrip(REPLACEMENT)), MAX_HELD_CHARS)
-    return text[: len(text) - num_held]
+def _without_replacements_at_end(text: str, max_removed: int) -> str:
+    num_removed = min(len(text) - len(text.rstrip(REPLACEMENT)), max_removed)
+    return text[: len(text) - num_removed]

@@ -132,7 +132,7 @@ class ModelRunner:
 
 
 def set_num_threads(num_threads: int) -> None:
-    """Threads that torch uses for one operation. Call it in the thread that calls `forward`: OpenMP counts per thread."""
+    """Threads that torch uses for an operation. OpenMP counts per thread, so call it where `forward` is called."""
     torch.set_num_threads(num_threads)
 
 

@@ -8,14 +8,13 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
-
-from router.serve_adapter import TargetRouter
 
 
 @dataclass(frozen=True)
@@ -24,12 +23,6 @@ class Call:
     wait_s: float = 0.0
 
 
-@serve.deployment(
-    num_replicas=3,
-    max_ongoing_requests=1,
-    ray_actor_options={"num_cpus": 0},
-    request_router_config=RequestRouterConfig(request_router_class=TargetRouter, request_router_kwargs={"seed": 1}),
-)
 class Engine:
     async def __call__(self, call: Call | None = None) -> str:
         await asyncio.sleep(call.wait_s if call else 0.0)
@@ -37,13 +30,20 @@ class Engine:
         return replica_id
 
 
-@serve.deployment(ray_actor_options={"num_cpus": 0})
 class Gateway:
-    def __init__(self, engine: DeploymentHandle) -> None:
+    def __init__(self, engine: DeploymentHandle[Any]) -> None:
         self._engine = engine
 
     async def all_at_once(self, targets: list[str | None], wait_s: float) -> list[str]:
         return list(await asyncio.gather(*(self._engine.remote(Call(target, wait_s)) for target in targets)))
+
+    async def while_held(self, held: str, targets: list[str | None]) -> list[str]:
+        """Calls made while the replica `held` is full."""
+        holder = asyncio.ensure_future(self.all_at_once([held], 1.0))
+        await asyncio.sleep(0.3)
+        answers = await self.all_at_once(targets, 0.3)
+        assert await holder == [held]
+        return answers
 
     async def one(self, target: str | None) -> str:
         answer: str = await self._engine.remote(Call(target))
@@ -54,8 +54,19 @@ class Gateway:
         return answer
 
 
+def _app() -> serve.Application:
+    router = RequestRouterConfig.model_validate(
+        {"request_router_class": "router.serve_adapter.TargetRouter", "request_router_kwargs": {"seed": 1}}
+    )
+    options = {"num_cpus": 0}
+    engine = serve.deployment(
+        num_replicas=3, max_ongoing_requests=1, ray_actor_options=options, request_router_config=router
+    )(Engine)
+    return serve.deployment(ray_actor_options=options)(Gateway).bind(engine.bind())
+
+
 @pytest.fixture(scope="module")
-def gateway() -> Iterator[DeploymentHandle]:
+def gateway() -> Iterator[DeploymentHandle[Any]]:
     # A short path: the sockets in it have names of up to 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="tl-", dir="/tmp"))
     token = folder / "token"
@@ -66,59 +77,70 @@ def gateway() -> Iterator[DeploymentHandle]:
         # Token authentication is on by default here. A token that is set already serves the whole run.
         if "RAY_AUTH_TOKEN_PATH" not in os.environ:
             patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
-        ray.init(
-            address="local",
-            namespace="test-serve-adapter",
-            _temp_dir=str(folder),
-            include_dashboard=False,
-            num_cpus=2,
-            object_store_memory=100 * 2**20,
-        )
         try:
+            ray.init(
+                address="local",
+                namespace="test-serve-adapter",
+                _temp_dir=str(folder),
+                include_dashboard=False,
+                num_cpus=2,
+                object_store_memory=100 * 2**20,
+            )
             serve.start(proxy_location="Disabled")
-            yield serve.run(Gateway.bind(Engine.bind()), name="adapter", route_prefix=None)
+            yield serve.run(_app(), name="adapter", route_prefix=None)
+            serve.shutdown()  # type: ignore[no-untyped-call]
         finally:
-            serve.shutdown()
             ray.shutdown()
             shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
-def replicas(gateway: DeploymentHandle) -> list[str]:
+def replicas(gateway: DeploymentHandle[Any]) -> list[str]:
     """Ids of the three replicas: one call each, held until all have one."""
     answers = gateway.all_at_once.remote([None] * 3, 1.0).result(timeout_s=60)
     assert len(set(answers)) == 3
     return sorted(answers)
 
 
-def test_target_is_obeyed(gateway: DeploymentHandle, replicas: list[str]) -> None:
+def test_target_is_obeyed(gateway: DeploymentHandle[Any], replicas: list[str]) -> None:
     targets = replicas * 4
     assert [gateway.one.remote(target).result(timeout_s=30) for target in targets] == targets
 
 
-def test_calls_at_once_do_not_swap_their_targets(gateway: DeploymentHandle, replicas: list[str]) -> None:
+def test_calls_at_once_do_not_swap_their_targets(gateway: DeploymentHandle[Any], replicas: list[str]) -> None:
     first, second, third = replicas
     for targets in ([first, second, third], [third, first, second], [second, third, first]):
         assert gateway.all_at_once.remote(targets, 0.2).result(timeout_s=30) == targets
 
 
-def test_full_target_falls_through_to_another(gateway: DeploymentHandle, replicas: list[str]) -> None:
+def test_replica_found_first_is_not_given_to_the_request_that_came_first(
+    gateway: DeploymentHandle[Any], replicas: list[str]
+) -> None:
+    first, second, third = replicas
+    for target in replicas:
+        gateway.one.remote(target).result(timeout_s=30)
+    # The first call finds its target full and has to ask around, the second one's is known to be free.
+    answers = gateway.while_held.remote(first, [first, second]).result(timeout_s=30)
+    assert answers == [third, second]
+
+
+def test_full_target_falls_through_to_another(gateway: DeploymentHandle[Any], replicas: list[str]) -> None:
     # Each replica takes one request at a time, so two of these three cannot have what they want.
     answers = gateway.all_at_once.remote([replicas[0]] * 3, 1.0).result(timeout_s=30)
     assert sorted(answers) == replicas
 
 
-def test_more_calls_than_slots_all_end(gateway: DeploymentHandle, replicas: list[str]) -> None:
+def test_more_calls_than_slots_all_end(gateway: DeploymentHandle[Any], replicas: list[str]) -> None:
     answers = gateway.all_at_once.remote([replicas[0], None, replicas[1], None, replicas[2]] * 3, 0.05)
     assert set(answers.result(timeout_s=60)) <= set(replicas)
 
 
-def test_gone_target_and_no_target_are_served(gateway: DeploymentHandle, replicas: list[str]) -> None:
+def test_gone_target_and_no_target_are_served(gateway: DeploymentHandle[Any], replicas: list[str]) -> None:
     assert gateway.one.remote("no-such-replica").result(timeout_s=30) in replicas
     assert gateway.one.remote(None).result(timeout_s=30) in replicas
     assert gateway.without_argument.remote().result(timeout_s=30) in replicas
 
 
-def test_without_targets_load_spreads(gateway: DeploymentHandle, replicas: list[str]) -> None:
+def test_without_targets_load_spreads(gateway: DeploymentHandle[Any], replicas: list[str]) -> None:
     answers = {gateway.one.remote(None).result(timeout_s=30) for _ in range(30)}
     assert answers == set(replicas)

@@ -1,0 +1,321 @@
+"""The engine: one model, one pool, one step loop in a thread of its own.
+
+    submit, cancel, handoff_*  ->  inbox  ->  step loop: admit -> plan -> forward -> sample -> listeners
+                                                 ^  |
+                              loader threads ----+  +--> load and store jobs (see `transfers`)
+
+All state belongs to the step loop. Other threads put commands into the inbox, which the loop runs between two
+steps; so a cancelled request stops within one step, and nothing needs a lock.
+"""
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from serving.engine.block_pool import BlockPool, PoolMatch
+from serving.engine.detokenizer import IncrementalDetokenizer, Tokenizer
+from serving.engine.kv_pool import KVPool
+from serving.engine.loader import ConnectStore, Loader
+from serving.engine.measure import REPORT_INTERVAL_S, Reporter, Speed
+from serving.engine.runner import ModelRunner
+from serving.engine.sampler import sample
+from serving.engine.scheduler import ScheduledPart, Scheduler
+from serving.engine.sequence import EngineRequest, Listener, Sequence, Status
+from serving.engine.step_batch import SequencePart, build_step_batch
+from serving.engine.transfers import Transfers
+from serving.protocol import TokenBatch
+
+logger = logging.getLogger("tokenloft.engine")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Limits of one engine."""
+
+    role: Literal["prefill", "decode"]
+    replica_id: str
+    num_blocks: int
+    block_size: int = 32
+    step_tokens: int = 256
+    """Most tokens computed in one step."""
+    max_running: int = 16
+    num_threads: int = 1
+    remote_threshold_tokens: int = 256
+    """Decode: uncached prompt tokens from which a prefill replica is asked."""
+
+
+class RequestTooLong(ValueError):
+    """The request can never fit into the pool."""
+
+
+class Engine:
+    """See the module's docstring. `start` before the first request, `stop` once at the end."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        config: EngineConfig,
+        tokenizer: Tokenizer | None = None,
+        connect: ConnectStore | None = None,
+    ) -> None:
+        """`tokenizer` is needed for sampling, `connect` for anything that goes beyond the pool."""
+        self.config = config
+        self.counters: Counter[str] = Counter()
+        self._runner = runner
+        self._tokenizer = tokenizer
+        layout = runner.layout(config.block_size)
+        pool = BlockPool(config.num_blocks, config.block_size)
+        self._kv = KVPool(layout, config.num_blocks, runner.device)
+        self._scheduler = Scheduler(pool, config.max_running, config.step_tokens)
+        self._speed = Speed()
+        self._loader = Loader(connect, self._kv) if connect else None
+        self._transfers = Transfers(
+            self._loader,
+            pool,
+            layout,
+            self.counters,
+            self._post,
+            self._finish,
+            config.remote_threshold_tokens,
+        )
+        self._reporter = (
+            Reporter(config.replica_id, config.role, self._scheduler, self._speed, self._loader, self._post)
+            if self._loader
+            else None
+        )
+        self._sequences: dict[str, Sequence] = {}
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._is_stopping = False
+        self._thread = threading.Thread(target=self._run, name="tokenloft-step-loop", daemon=True)
+
+    def __repr__(self) -> str:
+        return f"<Engine {self.config.replica_id} {self._scheduler!r}>"
+
+    @property
+    def max_request_tokens(self) -> int:
+        """Longest prompt and output together."""
+        return min(self._runner.max_model_len, self.config.num_blocks * self.config.block_size)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the step loop after its present step, then finish the stores that are under way."""
+        self._is_stopping = True
+        self._post(lambda: None)
+        self._thread.join()
+        if self._loader is not None:
+            self._loader.close()
+
+    # -- called from any thread ---------------------------------------------------------------------
+
+    def submit(self, request: EngineRequest, listener: Listener) -> None:
+        """Queue a request. Raises RequestTooLong if it can never fit."""
+        max_new = request.sampling.max_tokens if request.sampling else 0
+        num_tokens = len(request.token_ids) + max_new
+        if num_tokens > self.max_request_tokens:
+            raise RequestTooLong(
+                f"prompt and max_tokens are {num_tokens} tokens together, this engine takes {self.max_request_tokens}"
+            )
+        detokenizer = None
+        if request.sampling is not None:
+            if self._tokenizer is None:
+                raise ValueError("this engine has no tokenizer and can't sample")
+            detokenizer = IncrementalDetokenizer(self._tokenizer, request.sampling.stop)
+        sequence = Sequence(request, listener, self.config.block_size, time.perf_counter(), detokenizer)
+        self._post(lambda: self._add(sequence))
+
+    def cancel(self, request_id: str) -> None:
+        """Stop a request's work within one step; nothing happens if it is over."""
+        self._post(lambda: self._cancel(request_id))
+
+    def handoff_progress(self, request_id: str, num_tokens: int, node_id: str | None) -> None:
+        """The prefill replica's blocks up to `num_tokens` can be loaded, from `node_id`'s store if not this node's."""
+        self._on_sequence(request_id, lambda s: self._transfers.on_handoff(s, num_tokens, node_id))
+
+    def handoff_closed(self, request_id: str) -> None:
+        """Nothing more will come from the prefill replica: what is missing is computed here."""
+        self._on_sequence(request_id, self._transfers.on_handoff_closed)
+
+    def _on_sequence(self, request_id: str, act: Callable[[Sequence], None]) -> None:
+        def command() -> None:
+            sequence = self._sequences.get(request_id)
+            if sequence is not None:
+                act(sequence)
+
+        self._post(command)
+
+    def stats(self) -> dict[str, float]:
+        """Counters since the start and the present load; a snapshot that may be a step old."""
+        scheduler = self._scheduler
+        return {
+            **self.counters,
+            "num_waiting": len(scheduler.waiting),
+            "num_admitted": len(scheduler.admitted),
+            "num_used_blocks": scheduler.pool.num_used,
+            "num_blocks": self.config.num_blocks,
+            "prefill_tokens_per_s": self._speed.prefill_tokens_per_s,
+            "decode_step_s": self._speed.decode_step_s,
+        }
+
+    def check_integrity(self, timeout_s: float = 10.0) -> None:
+        """Check the books between two steps. Raises AssertionError if they are off."""
+        failures: list[AssertionError] = []
+        is_checked = threading.Event()
+
+        def check() -> None:
+            try:
+                self._scheduler.check_integrity()
+            except AssertionError as error:
+                failures.append(error)
+            is_checked.set()
+
+        self._post(check)
+        assert is_checked.wait(timeout_s), "the step loop does not answer"
+        for failure in failures:
+            raise failure
+
+    def _post(self, command: Callable[[], None]) -> None:
+        with self._wake:
+            self._inbox.append(command)
+            self._wake.notify()
+
+    # -- the step loop ------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        torch.set_num_threads(self.config.num_threads)
+        while not self._is_stopping:
+            self._run_commands()
+            self._admit()
+            parts = self._scheduler.plan_step()
+            if self._reporter is not None:
+                self._reporter.report(is_idle=not parts)
+            if parts:
+                self._step(parts)
+            else:
+                self._wait()
+        for sequence in list(self._sequences.values()):
+            self._fail(sequence, "the engine is shutting down")
+
+    def _wait(self) -> None:
+        with self._wake:
+            if not self._inbox and not self._is_stopping:
+                self._wake.wait(REPORT_INTERVAL_S)
+
+    def _run_commands(self) -> None:
+        while self._inbox:
+            self._inbox.popleft()()
+
+    def _add(self, sequence: Sequence) -> None:
+        self._sequences[sequence.request_id] = sequence
+        self._scheduler.add(sequence)
+        self.counters["requests"] += 1
+
+    def _admit(self) -> None:
+        while (admission := self._scheduler.admit()) is not None:
+            sequence, match = admission
+            self._copy_partial(sequence, match)
+            self._transfers.begin(sequence)
+
+    def _copy_partial(self, sequence: Sequence, match: PoolMatch) -> None:
+        if match.partial_block_id is None:
+            return
+        block_size = self.config.block_size
+        target = sequence.block_table[len(match.block_ids)]
+        self._kv.copy_rows(match.partial_block_id * block_size, target * block_size, match.partial_tokens)
+
+    def _step(self, parts: list[ScheduledPart]) -> None:
+        started = time.perf_counter()
+        try:
+            token_ids = self._forward(parts)
+        except Exception as error:  # whatever the model raises must not end the loop
+            logger.exception("a step failed")
+            for part in parts:
+                self._fail(part.sequence, f"the model failed: {error}")
+            return
+        self._speed.note(parts, time.perf_counter() - started)
+        self.counters["steps"] += 1
+        for part, token_id in zip(parts, token_ids, strict=True):
+            self._advance(part, token_id)
+
+    def _forward(self, parts: list[ScheduledPart]) -> list[int | None]:
+        """Compute the parts; the next token of each whose last token was computed, None for the others."""
+        batch = build_step_batch(self._kv, [_sequence_part(part) for part in parts])
+        logits = self._runner.forward(batch)
+        sequences = [part.sequence for part in parts if _wants_token(part)]
+        params = [s.request.sampling for s in sequences if s.request.sampling is not None]
+        tokens = iter(sample(logits, params, [s.num_tokens for s in sequences]) if sequences else ())
+        return [next(tokens) if _wants_token(part) else None for part in parts]
+
+    def _advance(self, part: ScheduledPart, token_id: int | None) -> None:
+        sequence = part.sequence
+        num_prompt = max(0, min(part.num_tokens, sequence.num_prompt_tokens - sequence.num_computed))
+        sequence.num_prompt_computed += num_prompt
+        sequence.num_computed += part.num_tokens
+        self.counters["computed_tokens"] += part.num_tokens
+        self.counters["computed_prompt_tokens"] += num_prompt
+        self._transfers.register_full_blocks(sequence)
+        self._transfers.hand_off(sequence)
+        if token_id is not None:
+            self._emit(sequence, token_id)
+
+    def _emit(self, sequence: Sequence, token_id: int) -> None:
+        assert sequence.detokenizer is not None
+        assert sequence.request.sampling is not None
+        sequence.append(token_id)
+        if sequence.first_token_at is None:
+            sequence.first_token_at = time.perf_counter()
+        self.counters["generated_tokens"] += 1
+        text, is_stopped = "", token_id in self._runner.eos_token_ids
+        if not is_stopped:
+            text, is_stopped = sequence.detokenizer.push(token_id)
+        if not is_stopped and sequence.num_output_tokens < sequence.request.sampling.max_tokens:
+            sequence.listener.on_batch(TokenBatch((token_id,), text))
+            return
+        text += sequence.detokenizer.finish()
+        self._finish(sequence)
+        reason = "stop" if is_stopped else "length"
+        sequence.listener.on_batch(TokenBatch((token_id,), text, reason, sequence.usage()))
+
+    # -- the end of a sequence ----------------------------------------------------------------------
+
+    def _finish(self, sequence: Sequence) -> None:
+        """Take the sequence out of the schedule, keep what it has computed."""
+        was_running = sequence.status is Status.RUNNING
+        del self._sequences[sequence.request_id]
+        self._scheduler.remove(sequence)
+        if was_running:
+            self._transfers.commit(sequence)
+        else:
+            self._transfers.end_handoff(sequence)
+        self._transfers.release_if_idle(sequence)
+
+    def _cancel(self, request_id: str) -> None:
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self.counters["cancelled"] += 1
+            self._finish(sequence)
+
+    def _fail(self, sequence: Sequence, reason: str) -> None:
+        self._finish(sequence)
+        sequence.listener.on_batch(TokenBatch((), reason, "error", sequence.usage()))
+        sequence.listener.on_progress(0, sequence.num_prompt_computed, True)
+
+
+def _wants_token(part: ScheduledPart) -> bool:
+    """Whether the step computes the sequence's last known token, so that the next one can be sampled."""
+    return part.sequence.request.sampling is not None and part.num_tokens == part.sequence.num_uncomputed
+
+
+def _sequence_part(part: ScheduledPart) -> SequencePart:
+    sequence = part.sequence
+    start = sequence.num_computed
+    token_ids = sequence.token_ids[start : start + part.num_tokens]
+    return SequencePart(token_ids, start, sequence.block_table, wants_logits=_wants_token(part))

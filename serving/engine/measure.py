@@ -1,0 +1,95 @@
+"""An engine's own view of its speed and load, and the report of both to the node store."""
+
+import time
+from collections.abc import Callable
+from typing import Literal
+
+from cache.events import DeviceBlocks, ReplicaLoad
+from cache.hashing import pack_hashes
+from serving.engine.loader import Loader
+from serving.engine.scheduler import ScheduledPart, Scheduler
+
+REPORT_INTERVAL_S = 0.25
+IDLE_REPORT_INTERVAL_S = 5.0
+"""Often enough that the node store does not take a quiet engine for a dead one."""
+
+_WEIGHT = 0.2
+"""Of the newest step in the running averages."""
+_MIN_PREFILL_TOKENS = 32
+"""A shorter chunk's speed says more about the step's fixed cost than about prefill."""
+
+
+class Speed:
+    """Running averages over steps."""
+
+    def __init__(self) -> None:
+        self.prefill_tokens_per_s = 0.0
+        self.decode_step_s = 0.0
+
+    def note(self, parts: list[ScheduledPart], seconds: float) -> None:
+        """Take in one step."""
+        num_tokens = sum(part.num_tokens for part in parts)
+        if num_tokens == len(parts):
+            self.decode_step_s = _mix(self.decode_step_s, seconds)
+        elif num_tokens >= _MIN_PREFILL_TOKENS:
+            self.prefill_tokens_per_s = _mix(self.prefill_tokens_per_s, num_tokens / seconds)
+
+
+def _mix(average: float, value: float) -> float:
+    return value if average == 0.0 else average + _WEIGHT * (value - average)
+
+
+class Reporter:
+    """Tells the node store what the engine has to do and what its pool holds. Part of the step loop."""
+
+    def __init__(
+        self,
+        replica_id: str,
+        role: Literal["prefill", "decode"],
+        scheduler: Scheduler,
+        speed: Speed,
+        loader: Loader,
+        post: Callable[[Callable[[], None]], None],
+    ) -> None:
+        self._replica_id = replica_id
+        self._role: Literal["prefill", "decode"] = role
+        self._scheduler = scheduler
+        self._speed = speed
+        self._loader = loader
+        self._post = post
+        self._needs_all = True
+        self._is_in_flight = False
+        self._sent_at = 0.0
+
+    def report(self, *, is_idle: bool) -> None:
+        """Send a report if one is due. A lost one is made up for by sending all holdings with the next."""
+        elapsed = time.monotonic() - self._sent_at
+        if self._is_in_flight or elapsed < REPORT_INTERVAL_S:
+            return
+        pool = self._scheduler.pool
+        if is_idle and not self._needs_all and not pool.has_changes and elapsed < IDLE_REPORT_INTERVAL_S:
+            return
+        self._sent_at = time.monotonic()
+        self._is_in_flight = True
+        changes = pool.take_changes()
+        added = pool.all_hashes() if self._needs_all else changes.added
+        blocks = DeviceBlocks(self._replica_id, pack_hashes(list(added)), pack_hashes(list(changes.removed)))
+        self._needs_all = False
+        self._loader.report(self._load(), blocks, lambda arrived: self._post(lambda: self._on_sent(arrived)))
+
+    def _on_sent(self, has_arrived: bool) -> None:
+        self._is_in_flight = False
+        self._needs_all = self._needs_all or not has_arrived
+
+    def _load(self) -> ReplicaLoad:
+        scheduler = self._scheduler
+        return ReplicaLoad(
+            self._replica_id,
+            self._role,
+            num_running=len(scheduler.admitted),
+            num_waiting=len(scheduler.waiting),
+            queued_prefill_tokens=scheduler.num_queued_prefill_tokens,
+            prefill_tokens_per_s=self._speed.prefill_tokens_per_s,
+            decode_step_s=self._speed.decode_step_s,
+            load_bytes_per_s=self._loader.bandwidths(),
+        )

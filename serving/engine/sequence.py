@@ -1,0 +1,193 @@
+"""One request as the engine sees it: its tokens, its blocks, how far it has been computed.
+
+    prompt                     output
+    t0 t1 t2 ... t(p-1)        o0 o1 ... o(k-1)
+    |<---- num_computed ---->| |<- not computed yet ->|      KV is in the pool for the first `num_computed`
+
+The last sampled token is never computed before the next step needs it, so at the end of a turn all tokens but
+the last have KV.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+
+from cache.events import Tier
+from cache.hashing import BlockHash, TokenIds, block_hash
+from serving.engine.detokenizer import IncrementalDetokenizer
+from serving.protocol import SamplingParams, TokenBatch, Usage
+
+
+class Status(Enum):
+    """Where a sequence stands."""
+
+    WAITING = "waiting"
+    """No blocks yet."""
+    LOADING = "loading"
+    """Has its blocks; stored KV, or a prefill replica's, is on its way into them."""
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """What an engine is asked to do."""
+
+    request_id: str
+    token_ids: TokenIds
+    root_hash: BlockHash
+    block_hashes: tuple[BlockHash, ...]
+    """Of the full blocks of `token_ids`."""
+    sampling: SamplingParams | None
+    """None: prefill only, nothing is sampled."""
+    use_cache: bool = True
+    """False: pool and warehouse are not looked up and nothing is kept."""
+    handoff_owner: str | None = None
+    """Prefill: blocks are handed off to this owner as they are computed."""
+    handoff_first_block: int = 0
+    reason: str = ""
+    """The router's, passed through to the usage."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """Where results go. Called from the engine's threads: must not block."""
+
+    on_batch: Callable[[TokenBatch], None] = lambda batch: None
+    on_progress: Callable[[int, int, bool], None] = lambda num_tokens, num_computed, is_done: None
+    """Prefill: tokens that can be loaded now, tokens computed so far, whether this is the last word."""
+    ask_prefill: Callable[["Sequence"], bool] | None = None
+    """Decode: ask a prefill replica for the uncached rest; False if there is none to ask."""
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """See the module's docstring. Belongs to the step loop; other threads read what a job of theirs was given."""
+
+    request: EngineRequest
+    listener: Listener
+    block_size: int
+    arrived_at: float
+    detokenizer: IncrementalDetokenizer | None = None
+    status: Status = Status.WAITING
+    block_table: list[int] = field(default_factory=list)
+    block_hashes: list[BlockHash] = field(default_factory=list)
+    num_computed: int = 0
+    num_registered_blocks: int = 0
+    """Leading blocks that the pool's index knows."""
+    is_handoff_open: bool = False
+    """A prefill replica is at work for this sequence."""
+    has_asked_prefill: bool = False
+    handoff_tokens: int = 0
+    """Decode: tokens that the prefill replica has announced. Prefill: tokens offered to the store."""
+    handoff_node_id: str | None = None
+    handoff_tried_tokens: int = 0
+    """Announced tokens that a load has already been tried for."""
+    is_load_in_flight: bool = False
+    num_stores_in_flight: int = 0
+    cached_tokens: dict[Tier, int] = field(default_factory=dict)
+    remote_tokens: int = 0
+    prefill_tokens: int = 0
+    """Prompt tokens that came from the prefill replica."""
+    num_prompt_computed: int = 0
+    """Prompt tokens computed here."""
+    num_preemptions: int = 0
+    load_s: float = 0.0
+    first_token_at: float | None = None
+    _tokens: TokenIds = field(default_factory=lambda: np.empty(0, np.int32))
+    _num_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        prompt = self.request.token_ids
+        max_new = self.request.sampling.max_tokens if self.request.sampling else 0
+        self._tokens = np.empty(len(prompt) + max_new, np.int32)
+        self._tokens[: len(prompt)] = prompt
+        self._num_tokens = len(prompt)
+        self.block_hashes = list(self.request.block_hashes)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Sequence {self.request_id} {self.status.value} {self.num_computed}/{self.num_tokens} tokens, "
+            f"{len(self.block_table)} blocks>"
+        )
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return self._num_tokens
+
+    @property
+    def num_output_tokens(self) -> int:
+        return self._num_tokens - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed(self) -> int:
+        return self._num_tokens - self.num_computed
+
+    @property
+    def token_ids(self) -> TokenIds:
+        """All tokens, prompt and output; a view."""
+        return self._tokens[: self._num_tokens]
+
+    @property
+    def reusable_tokens(self) -> TokenIds:
+        """Tokens whose KV may come from a cache: all but the last, whose logits must be computed here.
+
+        A prefill-only sequence samples nothing, so all of its tokens may.
+        """
+        return self.token_ids if self.request.sampling is None else self.token_ids[:-1]
+
+    @property
+    def reusable_hashes(self) -> tuple[BlockHash, ...]:
+        return tuple(self.block_hashes[: len(self.reusable_tokens) // self.block_size])
+
+    @property
+    def is_idle(self) -> bool:
+        """No thread of the loader reads or writes its blocks."""
+        return not self.is_load_in_flight and not self.num_stores_in_flight
+
+    @property
+    def computed_hashes(self) -> tuple[BlockHash, ...]:
+        """Hashes of the full blocks whose KV is whole."""
+        return tuple(self.block_hashes[: self.num_computed // self.block_size])
+
+    def parent_hash(self, index: int) -> BlockHash:
+        """Hash that block `index` is chained to."""
+        return self.block_hashes[index - 1] if index else self.request.root_hash
+
+    def block_token_ids(self, index: int) -> TokenIds:
+        """Tokens of block `index`, as far as they are known."""
+        return self.token_ids[index * self.block_size : (index + 1) * self.block_size]
+
+    def append(self, token_id: int) -> None:
+        """A sampled token; its block is hashed as soon as it is full."""
+        self._tokens[self._num_tokens] = token_id
+        self._num_tokens += 1
+        if self._num_tokens % self.block_size == 0:
+            index = len(self.block_hashes)
+            self.block_hashes.append(block_hash(self.parent_hash(index), self.block_token_ids(index)))
+
+    def usage(self) -> Usage:
+        """What it cost so far."""
+        return Usage(
+            prompt_tokens=self.num_prompt_tokens,
+            completion_tokens=self.num_output_tokens,
+            device_tokens=self.cached_tokens.get(Tier.DEVICE, 0),
+            dram_tokens=self.cached_tokens.get(Tier.DRAM, 0),
+            disk_tokens=self.cached_tokens.get(Tier.DISK, 0),
+            remote_tokens=self.remote_tokens,
+            prefill_tokens=self.prefill_tokens,
+            decode_computed_tokens=self.num_prompt_computed,
+            load_s=self.load_s,
+            ttft_s=(self.first_token_at - self.arrived_at) if self.first_token_at is not None else 0.0,
+            reason=self.request.reason,
+        )

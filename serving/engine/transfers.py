@@ -1,0 +1,249 @@
+"""What a sequence loads, hands off and leaves behind. Part of the step loop: decides and posts jobs.
+
+    decode:   admitted -> load what is stored -> short rest: compute it
+                                              -> long rest: ask a prefill replica, load its blocks as announced
+              finished -> commit all blocks, the decoded ones and the tail too
+    prefill:  admitted -> load what is stored -> hand off what is there -> after each step hand off the new blocks
+
+A sequence's blocks are given back only when no loader thread reads or writes them any more.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+
+from cache.events import Tier
+from cache.extent import KVShape
+from cache.hashing import block_hash
+from cache.messages import LoadQuery, StoreOffer
+from serving.engine.block_pool import BlockPool
+from serving.engine.kv_pool import KVLayout
+from serving.engine.loader import Loader, LoadJob, LoadResult, StoreJob
+from serving.engine.sequence import Sequence, Status
+
+logger = logging.getLogger("tokenloft.engine")
+
+Post = Callable[[Callable[[], None]], None]
+
+
+class Transfers:
+    """See the module's docstring. Without a loader everything is computed and nothing is kept but the pool."""
+
+    def __init__(
+        self,
+        loader: Loader | None,
+        pool: BlockPool,
+        layout: KVLayout,
+        counters: Counter[str],
+        post: Post,
+        on_finished: Callable[[Sequence], None],
+        remote_threshold_tokens: int,
+    ) -> None:
+        self._loader = loader
+        self._pool = pool
+        self._block_size = layout.block_size
+        self._shape = KVShape(layout.num_layers, layout.num_kv_heads, layout.head_dim, layout.dtype)
+        self._counters = counters
+        self._post = post
+        self._on_finished = on_finished
+        self._remote_threshold_tokens = remote_threshold_tokens
+
+    # -- loading ------------------------------------------------------------------------------------
+
+    def begin(self, sequence: Sequence) -> None:
+        """The sequence has its blocks and what the pool had of it: look for more in the warehouse."""
+        if sequence.num_preemptions == 0:
+            sequence.cached_tokens[Tier.DEVICE] = sequence.num_computed
+            self._counters["device_tokens"] += sequence.num_computed
+        num_tokens = len(sequence.reusable_tokens)
+        if self._loader is None or not sequence.request.use_cache or sequence.num_computed >= num_tokens:
+            self._plan_rest(sequence)
+        else:
+            self._load(sequence, num_tokens, None)
+
+    def _load(self, sequence: Sequence, num_tokens: int, node_id: str | None) -> None:
+        """Ask the store for what continues the sequence, up to its first `num_tokens` tokens."""
+        assert self._loader is not None
+        sequence.status = Status.LOADING
+        sequence.is_load_in_flight = True
+        is_handoff = sequence.is_handoff_open
+        query = LoadQuery(
+            sequence.request.root_hash,
+            tuple(sequence.block_hashes[: num_tokens // self._block_size]),
+            sequence.token_ids[:num_tokens].copy(),
+            self._block_size,
+            sequence.num_computed // self._block_size,
+            sequence.request_id,
+        )
+
+        def on_done(result: LoadResult) -> None:
+            self._post(lambda: self._on_loaded(sequence, result, is_handoff))
+
+        # While a handoff is open its owner's leases hold blocks that are still to be loaded.
+        job = LoadJob(query, tuple(sequence.block_table), sequence.num_computed, on_done, node_id, is_handoff)
+        self._loader.load(job)
+
+    def _on_loaded(self, sequence: Sequence, result: LoadResult, is_handoff: bool) -> None:
+        sequence.is_load_in_flight = False
+        sequence.load_s += result.seconds
+        if sequence.status is Status.FINISHED:
+            self.release_if_idle(sequence)
+            return
+        gained = result.num_tokens - sequence.num_computed
+        sequence.num_computed = result.num_tokens
+        self._counters["loaded_tokens"] += gained
+        if is_handoff:
+            sequence.prefill_tokens += gained
+        elif sequence.num_preemptions == 0:
+            self._count_cached(sequence, result, gained)
+        self.register_full_blocks(sequence)
+        self._plan_rest(sequence)
+
+    def _count_cached(self, sequence: Sequence, result: LoadResult, gained: int) -> None:
+        if result.is_remote:
+            sequence.remote_tokens += gained
+            self._counters["remote_tokens"] += gained
+            return
+        for tier, num_tokens in result.by_tier.items():
+            sequence.cached_tokens[tier] = sequence.cached_tokens.get(tier, 0) + num_tokens
+            self._counters[f"{tier.value}_tokens"] += num_tokens
+
+    def _plan_rest(self, sequence: Sequence) -> None:
+        """What is stored is here: have the rest computed, by a prefill replica if it is long."""
+        ask = sequence.listener.ask_prefill
+        if (
+            ask is not None
+            and not sequence.has_asked_prefill
+            and sequence.num_uncomputed >= self._remote_threshold_tokens
+        ):
+            sequence.has_asked_prefill = True
+            sequence.is_handoff_open = ask(sequence)
+        if sequence.handoff_tokens > sequence.handoff_tried_tokens and sequence.request.sampling is not None:
+            self._load_handoff(sequence)
+        elif sequence.is_handoff_open:
+            sequence.status = Status.LOADING
+        else:
+            self.end_handoff(sequence)
+            sequence.status = Status.RUNNING
+            self.hand_off(sequence)
+
+    # -- handoff, decode's side ---------------------------------------------------------------------
+
+    def on_handoff(self, sequence: Sequence, num_tokens: int, node_id: str | None) -> None:
+        """The prefill replica announces that blocks up to `num_tokens` can be loaded."""
+        if not sequence.is_handoff_open:
+            return
+        sequence.handoff_tokens = max(sequence.handoff_tokens, num_tokens)
+        sequence.handoff_node_id = node_id
+        if not sequence.is_load_in_flight:
+            self._load_handoff(sequence)
+
+    def _load_handoff(self, sequence: Sequence) -> None:
+        sequence.handoff_tried_tokens = sequence.handoff_tokens
+        if sequence.num_computed < sequence.handoff_tokens:
+            self._load(sequence, sequence.handoff_tokens, sequence.handoff_node_id)
+
+    def on_handoff_closed(self, sequence: Sequence) -> None:
+        """Nothing more will be announced: load the last, compute what is missing."""
+        if not sequence.is_handoff_open:
+            return
+        sequence.is_handoff_open = False
+        if not sequence.is_load_in_flight:
+            self._plan_rest(sequence)
+
+    def end_handoff(self, sequence: Sequence) -> None:
+        """Let go of what the prefill replica has left in the store for this sequence."""
+        if sequence.has_asked_prefill and self._loader is not None:
+            self._loader.release(sequence.request_id, sequence.handoff_node_id)
+
+    # -- handoff, prefill's side --------------------------------------------------------------------
+
+    def hand_off(self, sequence: Sequence) -> None:
+        """Prefill: offer the blocks that have become full since the last time."""
+        request = sequence.request
+        if request.handoff_owner is None or self._loader is None:
+            return
+        num_tokens = sequence.num_computed // self._block_size * self._block_size
+        if num_tokens <= max(sequence.handoff_tokens, request.handoff_first_block * self._block_size):
+            return
+        first_block = max(sequence.handoff_tokens // self._block_size, request.handoff_first_block)
+        sequence.handoff_tokens = num_tokens
+        offer = StoreOffer(
+            request.root_hash,
+            tuple(sequence.block_hashes[: num_tokens // self._block_size]),
+            sequence.token_ids[:num_tokens].copy(),
+            self._block_size,
+            self._shape,
+            first_block,
+            with_tail=False,
+            handoff_owner=request.handoff_owner,
+            is_transient=not request.use_cache,
+        )
+        num_computed = sequence.num_prompt_computed
+        self._store(sequence, offer, lambda ok: self._on_handed_off(sequence, num_tokens, num_computed, ok))
+
+    def _on_handed_off(self, sequence: Sequence, num_tokens: int, num_computed: int, is_stored: bool) -> None:
+        if sequence.status is Status.FINISHED:
+            return
+        # A refusal ends the work: what can't be handed off is computed by the asker itself.
+        is_done = not is_stored or num_tokens == sequence.num_prompt_tokens
+        sequence.listener.on_progress(num_tokens if is_stored else 0, num_computed, is_done)
+        if is_done:
+            self._on_finished(sequence)
+
+    # -- committing ---------------------------------------------------------------------------------
+
+    def register_full_blocks(self, sequence: Sequence) -> None:
+        """Let other sequences find the blocks that have become full."""
+        if not sequence.request.use_cache:
+            return
+        for index in range(sequence.num_registered_blocks, sequence.num_computed // self._block_size):
+            self._pool.register(
+                sequence.block_table[index],
+                sequence.block_hashes[index],
+                sequence.parent_hash(index),
+                sequence.block_token_ids(index),
+            )
+            sequence.num_registered_blocks = index + 1
+
+    def commit(self, sequence: Sequence) -> None:
+        """The sequence has left the scheduler: keep its blocks, then give them back."""
+        request = sequence.request
+        if request.use_cache and request.handoff_owner is None and sequence.num_computed:
+            self._register_tail(sequence)
+            if self._loader is not None:
+                token_ids = sequence.token_ids[: sequence.num_computed].copy()
+                hashes = sequence.computed_hashes
+                offer = StoreOffer(request.root_hash, hashes, token_ids, self._block_size, self._shape, 0)
+                self._store(sequence, offer, self._on_committed)
+        self.release_if_idle(sequence)
+
+    def _on_committed(self, is_stored: bool) -> None:
+        self._counters["committed_turns" if is_stored else "dropped_turns"] += 1
+
+    def _register_tail(self, sequence: Sequence) -> None:
+        index = sequence.num_computed // self._block_size
+        token_ids = sequence.token_ids[index * self._block_size : sequence.num_computed]
+        if len(token_ids):
+            parent_hash = sequence.parent_hash(index)
+            tail_hash = block_hash(parent_hash, token_ids)
+            self._pool.register(sequence.block_table[index], tail_hash, parent_hash, token_ids)
+
+    def _store(self, sequence: Sequence, offer: StoreOffer, on_stored: Callable[[bool], None]) -> None:
+        assert self._loader is not None
+        sequence.num_stores_in_flight += 1
+
+        def finish(is_stored: bool) -> None:
+            sequence.num_stores_in_flight -= 1
+            on_stored(is_stored)
+            if sequence.status is Status.FINISHED:
+                self.release_if_idle(sequence)
+
+        table = tuple(sequence.block_table)
+        self._loader.store(StoreJob(offer, table, lambda is_stored: self._post(lambda: finish(is_stored))))
+
+    def release_if_idle(self, sequence: Sequence) -> None:
+        """Give a finished sequence's blocks back, unless a job still uses them: then it does so at its end."""
+        if sequence.status is Status.FINISHED and sequence.is_idle and sequence.block_table:
+            self._pool.release(sequence.block_table)
+            sequence.block_table = []

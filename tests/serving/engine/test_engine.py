@@ -1,0 +1,297 @@
+"""The engine over a tiny random model: parity with the oracle, reuse counted by the engine itself."""
+
+import random
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from cache.events import Tier
+from serving.engine.engine import RequestTooLong
+from serving.engine.sequence import Listener
+from serving.protocol import SamplingParams
+from tests.oracle import Oracle
+from tests.serving.engine.harness import BLOCK_SIZE, make_engine, open_store, running
+
+GREEDY = 0.0
+
+
+@pytest.fixture(scope="module")
+def oracle(tiny_model_dir: Path) -> Oracle:
+    return Oracle(tiny_model_dir)
+
+
+def prompt_of(num_tokens: int, seed: int = 0) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(3, 300) for _ in range(num_tokens)]
+
+
+def test_greedy_equals_the_oracle_in_chunks(tiny_model_dir: Path, oracle: Oracle) -> None:
+    for step_tokens in (5, 64, 256):
+        with running(make_engine(tiny_model_dir, step_tokens=step_tokens)) as engine:
+            prompt = prompt_of(150)
+            answer = engine.greedy(prompt, 20)
+            oracle.check(prompt, answer.token_ids, 20)
+            assert answer.cost.decode_computed_tokens == 150
+            assert answer.cost.cached_tokens == 0
+
+
+def test_a_batch_gives_what_each_sequence_gives_alone(tiny_model_dir: Path, oracle: Oracle) -> None:
+    with running(make_engine(tiny_model_dir, num_blocks=128)) as engine:
+        prompts = [prompt_of(10 + 17 * i, seed=i) for i in range(8)]
+        pending = [engine.submit(p, SamplingParams(12, temperature=GREEDY)) for p in prompts]
+        for prompt, request in zip(prompts, pending, strict=True):
+            oracle.check(prompt, request.wait().token_ids, 12)
+
+
+def test_second_turn_reuses_all_but_the_last_token_of_the_pool(tiny_model_dir: Path, oracle: Oracle) -> None:
+    with running(make_engine(tiny_model_dir)) as engine:
+        prompt = prompt_of(100)
+        first = engine.greedy(prompt, 15)
+        history = prompt + first.token_ids
+        before = engine.engine.counters["computed_tokens"]
+        second_prompt = history + prompt_of(9, seed=5)
+        second = engine.greedy(second_prompt, 10)
+        oracle.check(second_prompt, second.token_ids, 10)
+        assert second.cost.device_tokens >= len(history) - 1
+        computed = engine.engine.counters["computed_tokens"] - before
+        assert computed <= len(second_prompt) - (len(history) - 1) + len(second.token_ids) - 1
+
+
+def test_a_prompt_again_computes_one_token(tiny_model_dir: Path, oracle: Oracle) -> None:
+    with running(make_engine(tiny_model_dir)) as engine:
+        for num_tokens in (BLOCK_SIZE * 4, BLOCK_SIZE * 4 + 1, BLOCK_SIZE * 4 - 1):
+            prompt = prompt_of(num_tokens, seed=num_tokens)
+            engine.greedy(prompt, 4)
+            again = engine.greedy(prompt, 4)
+            assert again.cost.device_tokens == num_tokens - 1
+            assert again.cost.decode_computed_tokens == 1
+            oracle.check(prompt, again.token_ids, 4)
+
+
+def test_two_prompts_that_fork_inside_a_block_share_up_to_the_fork(tiny_model_dir: Path, oracle: Oracle) -> None:
+    with running(make_engine(tiny_model_dir)) as engine:
+        common = prompt_of(BLOCK_SIZE * 3 + 7)
+        left, right = common + prompt_of(40, seed=1), common + prompt_of(40, seed=2)
+        engine.greedy(left, 4)
+        answer = engine.greedy(right, 8)
+        assert answer.cost.device_tokens == len(common)
+        oracle.check(right, answer.token_ids, 8)
+        oracle.check(left, engine.greedy(left, 8).token_ids, 8)
+
+
+def test_cache_off_reuses_nothing(tiny_model_dir: Path, oracle: Oracle) -> None:
+    with running(make_engine(tiny_model_dir)) as engine:
+        prompt = prompt_of(60)
+        for _ in range(2):
+            answer = engine.greedy(prompt, 6, use_cache=False)
+            assert answer.cost.cached_tokens == 0
+            assert answer.cost.decode_computed_tokens == 60
+            oracle.check(prompt, answer.token_ids, 6)
+
+
+@pytest.mark.parametrize("dram_bytes", [64 << 20, 256 << 10], ids=["dram", "disk"])
+def test_another_engine_loads_the_turn_from_the_store(
+    tiny_model_dir: Path, oracle: Oracle, tmp_path: Path, dram_bytes: int
+) -> None:
+    prompt = prompt_of(BLOCK_SIZE * 20 + 5)
+    with open_store(tmp_path, dram_bytes=dram_bytes) as store:
+        with running(make_engine(tiny_model_dir, store, replica_id="a")) as engine:
+            first = engine.greedy(prompt, 20)
+        assert store.flush()
+        history = prompt + first.token_ids
+        with running(make_engine(tiny_model_dir, store, replica_id="b")) as engine:
+            second_prompt = history + [7, 8, 9]
+            second = engine.greedy(second_prompt, 10)
+            oracle.check(second_prompt, second.token_ids, 10)
+            assert second.cost.device_tokens == 0
+            assert second.cost.dram_tokens + second.cost.disk_tokens >= len(history) - 1
+            assert engine.engine.counters["computed_prompt_tokens"] <= 4
+        store.check_integrity()
+
+
+def test_a_turn_after_a_restart_comes_from_disk(tiny_model_dir: Path, oracle: Oracle, tmp_path: Path) -> None:
+    prompt = prompt_of(200)
+    with open_store(tmp_path) as store, running(make_engine(tiny_model_dir, store)) as engine:
+        first = engine.greedy(prompt, 10)
+    with open_store(tmp_path) as store, running(make_engine(tiny_model_dir, store)) as engine:
+        second_prompt = prompt + first.token_ids + [11, 12]
+        second = engine.greedy(second_prompt, 10)
+        oracle.check(second_prompt, second.token_ids, 10)
+        assert second.cost.disk_tokens >= len(prompt) + len(first.token_ids) - 1
+
+
+def test_a_damaged_extent_is_recomputed(tiny_model_dir: Path, oracle: Oracle, tmp_path: Path) -> None:
+    prompt = prompt_of(200)
+    with open_store(tmp_path) as store, running(make_engine(tiny_model_dir, store)) as engine:
+        engine.greedy(prompt, 4)
+    for path in tmp_path.glob("extents/*/*/*.kv"):
+        data = bytearray(path.read_bytes())
+        data[-100] ^= 0x55
+        path.write_bytes(data)
+    with open_store(tmp_path) as store, running(make_engine(tiny_model_dir, store)) as engine:
+        answer = engine.greedy(prompt, 10)
+        oracle.check(prompt, answer.token_ids, 10)
+        assert store.stats().counters["quarantined_extents"] >= 1
+
+
+def test_a_full_pool_preempts_and_every_answer_is_still_right(tiny_model_dir: Path, oracle: Oracle) -> None:
+    # Four sequences of 160 tokens at their end want 40 blocks; the pool has 24.
+    with running(make_engine(tiny_model_dir, num_blocks=24)) as engine:
+        prompts = [prompt_of(60, seed=i) for i in range(4)]
+        pending = [engine.submit(p, SamplingParams(100, temperature=GREEDY)) for p in prompts]
+        for prompt, request in zip(prompts, pending, strict=True):
+            oracle.check(prompt, request.wait().token_ids, 100)
+
+
+def test_a_request_that_can_never_fit_is_refused(tiny_model_dir: Path) -> None:
+    with running(make_engine(tiny_model_dir, num_blocks=4)) as engine:
+        with pytest.raises(RequestTooLong, match="64"):
+            engine.submit(prompt_of(60), SamplingParams(5))
+
+
+def test_cancel_stops_within_a_step_and_frees_the_blocks(tiny_model_dir: Path) -> None:
+    with running(make_engine(tiny_model_dir)) as engine:
+        request = engine.submit(prompt_of(50), SamplingParams(900, temperature=1.0, seed=1), request_id="long")
+        request.first()
+        engine.engine.cancel("long")
+        engine.engine.check_integrity()  # runs behind the cancel in the same inbox
+        steps = engine.engine.counters["steps"]
+        time.sleep(0.2)
+        assert engine.engine.counters["steps"] == steps
+        assert engine.engine.stats()["num_used_blocks"] == 0
+        engine.engine.cancel("unknown")
+
+
+def test_sampling_depends_on_seed_alone(tiny_model_dir: Path) -> None:
+    params = SamplingParams(20, temperature=1.0, top_p=0.9, seed=42)
+    with running(make_engine(tiny_model_dir, num_blocks=128)) as engine:
+        alone = engine.submit(prompt_of(30), params).wait()
+        crowd = [engine.submit(prompt_of(30, seed=i), SamplingParams(20, seed=i)) for i in range(1, 6)]
+        in_crowd = engine.submit(prompt_of(30), params)
+        assert in_crowd.wait().token_ids == alone.token_ids
+        other = engine.submit(prompt_of(30), SamplingParams(20, temperature=1.0, top_p=0.9, seed=43)).wait()
+        assert other.token_ids != alone.token_ids
+        for request in crowd:
+            request.wait()
+
+
+def test_a_stop_string_ends_the_answer(tiny_model_dir: Path) -> None:
+    with running(make_engine(tiny_model_dir)) as engine:
+        whole = engine.greedy(prompt_of(30), 30)
+        assert len(whole.text) > 8
+        stop = whole.text[4:7]
+        params = SamplingParams(30, temperature=GREEDY, stop=(stop,))
+        stopped = engine.submit(prompt_of(30), params).wait()
+        assert stopped.finish_reason == "stop"
+        assert stopped.text == whole.text[: whole.text.index(stop)]
+        assert len(stopped.token_ids) < len(whole.token_ids)
+
+
+def test_a_store_that_is_gone_costs_time_only(tiny_model_dir: Path, oracle: Oracle, tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    with running(make_engine(tiny_model_dir, store)) as engine:
+        store.close()
+        prompt = prompt_of(80)
+        oracle.check(prompt, engine.greedy(prompt, 8).token_ids, 8)
+
+
+def test_prefill_hands_its_blocks_to_another_engine(tiny_model_dir: Path, oracle: Oracle, tmp_path: Path) -> None:
+    prompt = prompt_of(BLOCK_SIZE * 12 + 3)
+    with (
+        open_store(tmp_path) as store,
+        running(make_engine(tiny_model_dir, store, replica_id="prefill")) as prefill,
+        running(make_engine(tiny_model_dir, store, replica_id="decode")) as decode,
+    ):
+        for use_cache in (False, True):
+            computed = prefill.engine.counters["computed_tokens"] + decode.engine.counters["computed_tokens"]
+            answer = disaggregated(prefill, decode, prompt, use_cache=use_cache)
+            oracle.check(prompt, answer.token_ids, 10)
+            assert answer.cost.prefill_tokens == BLOCK_SIZE * 12
+            assert answer.cost.decode_computed_tokens == 3
+            after = prefill.engine.counters["computed_tokens"] + decode.engine.counters["computed_tokens"]
+            # Every token of the prompt was computed once, on one side or the other.
+            assert after - computed == len(prompt) + len(answer.token_ids) - 1
+        assert store.flush()
+        store.check_integrity()
+        assert store.stats().handoff_bytes == 0
+
+
+def disaggregated(prefill, decode, prompt: list[int], *, use_cache: bool):  # type: ignore[no-untyped-def]
+    """One request decoded by `decode`, its long rest prefilled by `prefill`, as the deployments do it."""
+    from cache.fingerprint import Fingerprint
+    from cache.hashing import as_token_ids, chain_hashes
+    from serving.engine.sequence import EngineRequest
+    from tests.serving.engine.harness import ROOT, Pending
+
+    pending = Pending()
+    request_id = f"handoff-{use_cache}"
+    root = ROOT if use_cache else Fingerprint("a", "b", "c", "d", 16, tenant_salt="once").root_hash()
+
+    def ask(sequence) -> bool:  # type: ignore[no-untyped-def]
+        num_tokens = (sequence.num_prompt_tokens - 1) // BLOCK_SIZE * BLOCK_SIZE
+        ids = as_token_ids(prompt[:num_tokens])
+        request = EngineRequest(
+            request_id,
+            ids,
+            root,
+            tuple(chain_hashes(root, ids, BLOCK_SIZE)),
+            None,
+            use_cache=use_cache,
+            handoff_owner=request_id,
+            handoff_first_block=sequence.num_computed // BLOCK_SIZE,
+        )
+
+        def on_progress(num_tokens: int, num_computed: int, is_done: bool) -> None:
+            decode.engine.handoff_progress(request_id, num_tokens, None)
+            if is_done:
+                decode.engine.handoff_closed(request_id)
+
+        prefill.engine.submit(request, Listener(on_progress=on_progress))
+        return True
+
+    decode.submit(
+        prompt,
+        SamplingParams(10, temperature=GREEDY),
+        root=root,
+        use_cache=use_cache,
+        listener=Listener(on_batch=pending.batches.put, ask_prefill=ask),
+        request_id=request_id,
+    )
+    return pending.wait()
+
+
+def test_a_handoff_that_breaks_off_is_finished_here(tiny_model_dir: Path, oracle: Oracle, tmp_path: Path) -> None:
+    prompt = prompt_of(BLOCK_SIZE * 6)
+    with open_store(tmp_path) as store, running(make_engine(tiny_model_dir, store)) as engine:
+
+        def ask(sequence: object) -> bool:
+            threading.Timer(0.1, lambda: engine.engine.handoff_closed("broken")).start()
+            return True
+
+        pending = engine.submit(prompt, SamplingParams(1, temperature=GREEDY))
+        pending.wait()
+        other = prompt_of(BLOCK_SIZE * 6, seed=3)
+        from tests.serving.engine.harness import Pending
+
+        broken = Pending()
+        engine.submit(
+            other,
+            SamplingParams(8, temperature=GREEDY),
+            listener=Listener(on_batch=broken.batches.put, ask_prefill=ask),
+            request_id="broken",
+        )
+        answer = broken.wait()
+        oracle.check(other, answer.token_ids, 8)
+        assert answer.cost.decode_computed_tokens == len(other)
+
+
+def test_device_reuse_is_reported_by_tier(tiny_model_dir: Path, tmp_path: Path) -> None:
+    with open_store(tmp_path) as store, running(make_engine(tiny_model_dir, store)) as engine:
+        prompt = prompt_of(100)
+        engine.greedy(prompt, 4)
+        usage = engine.greedy(prompt, 4).cost
+        tiers = usage.device_tokens, usage.dram_tokens, usage.disk_tokens, usage.remote_tokens
+        assert sum(tiers) + usage.prefill_tokens + usage.decode_computed_tokens == usage.prompt_tokens
+        assert Tier.DEVICE.value == "device"
