@@ -139,7 +139,7 @@ def start_node_store(node_id: str, options: NodeStoreOptions) -> Any:
     Raises FolderError if its folder can't be used.
     """
     handle: Any = (
-        ray.remote(NodeStoreActor)
+        ray.remote(concurrency_groups=_GROUPS)(NodeStoreActor)
         .options(
             name=actor_name(node_id),
             namespace=NAMESPACE,
@@ -147,7 +147,6 @@ def start_node_store(node_id: str, options: NodeStoreOptions) -> Any:
             get_if_exists=True,
             max_restarts=-1,
             num_cpus=0,
-            concurrency_groups=_GROUPS,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
         )
         .remote(node_id, options)
@@ -185,25 +184,25 @@ class RayStorePort:
     """
 
     def __init__(self, node_id: str, retry_s: float = 1.0) -> None:
-        self._node_id = node_id
+        self.node_id = node_id
         self._handle: Any | None = None
         self._retry_s = retry_s
         self._retry_at = 0.0
 
     def __repr__(self) -> str:
-        return f"<RayStorePort {self._node_id}>"
+        return f"<RayStorePort {self.node_id}>"
 
     def _call(self, method: str, *args: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
         if time.monotonic() < self._retry_at:
-            raise StoreUnavailable(f"node store {self._node_id} failed a moment ago")
+            raise StoreUnavailable(f"node store {self.node_id} failed a moment ago")
         try:
             if self._handle is None:
-                self._handle = ray.get_actor(actor_name(self._node_id), namespace=NAMESPACE)
+                self._handle = ray.get_actor(actor_name(self.node_id), namespace=NAMESPACE)
             return ray.get(getattr(self._handle, method).remote(*args), timeout=timeout_s)
         except (ray.exceptions.RayError, FolderError, ValueError, TimeoutError) as error:
             self._handle = None
             self._retry_at = time.monotonic() + self._retry_s
-            raise StoreUnavailable(f"node store {self._node_id}: {error}") from error
+            raise StoreUnavailable(f"node store {self.node_id}: {error}") from error
 
     def prepare_load(self, query: LoadQuery) -> LoadGrant:
         grant: LoadGrant = self._call("prepare_load", query)

@@ -100,6 +100,15 @@ class Holdings:
         """Where those of the blocks lie that are visible."""
         return [self._places[h] for h in block_hashes if h in self._places]
 
+    def ancestors(self, extent: Extent) -> set[Extent]:
+        """The extents that its chain goes through before it, as far as they are visible."""
+        found: set[Extent] = set()
+        above = self._places.get(extent.header.parent_hash)
+        while above is not None:
+            found.add(above.extent)
+            above = self._places.get(above.extent.header.parent_hash)
+        return found
+
     def is_preparing(self, block_hash: BlockHash) -> bool:
         return block_hash in self._preparing
 

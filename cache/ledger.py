@@ -280,12 +280,12 @@ class Ledger:
                 extent.needs_write = False
                 drops += [] if extent.num_leases else self._leave(extent, Tier.DRAM)
                 continue
-            extent.is_writing = True  # before room is made: a parent on disk must not go for its child
-            room = self._make_room(Tier.DISK, extent.image_bytes)
+            room = self._make_room(Tier.DISK, extent.image_bytes, keep=self._held.ancestors(extent))
             if room is None:
-                extent.is_writing = extent.needs_write = False
+                extent.needs_write = False
                 self.counters["dropped_writes"] += 1
                 continue
+            extent.is_writing = True
             self.used_bytes[Tier.DISK] += extent.image_bytes
             self._writing[extent_id] = extent
             return extent.header, drops + room
@@ -402,11 +402,12 @@ class Ledger:
     def _make_room(self, tier: Tier, num_bytes: int, keep: set[Extent] | None = None) -> list[Drop] | None:
         """Evict until `num_bytes` more fit in `tier`; None, and nothing changed, if they can't.
 
-        `keep` must not lose its last copy.
+        `keep` may go from dram to disk, but not further.
         """
 
         def may_evict(extent: Extent) -> bool:
-            if extent.num_leases or (keep and extent in keep and not (extent.in_dram and extent.on_disk)):
+            is_kept = keep is not None and extent in keep
+            if extent.num_leases or (is_kept and not (tier is Tier.DRAM and extent.on_disk)):
                 return False
             if tier is Tier.DRAM:
                 return not extent.is_handoff and self._may_leave_dram(extent)

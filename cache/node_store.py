@@ -19,7 +19,8 @@ from cache.errors import ExtentCorrupt, StoreUnavailable
 from cache.events import DeviceBlocks, Event, EventBatch, EventLog, ReplicaGone, ReplicaLoad, Tier
 from cache.extent import ExtentHeader, Image, verify_image
 from cache.hashing import BlockHash, iter_hashes
-from cache.ledger import Budgets, Drop, Ledger, Place
+from cache.holdings import Place
+from cache.ledger import Budgets, Drop, Ledger
 from cache.messages import LoadGrant, LoadPiece, LoadQuery, StoreGrant, StoreOffer, StoreStats
 from cache.tiers.interface import DiskTier, DramTier
 

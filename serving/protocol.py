@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from cache.fingerprint import Fingerprint
 from cache.hashing import BlockHash, TokenIds
 from router.policy import Decision
 
@@ -26,7 +27,8 @@ class GenerateRequest:
     request_id: str
     token_ids: TokenIds
     """The prompt, `(num_tokens,)`."""
-    root_hash: BlockHash
+    fingerprint: Fingerprint
+    """What the hashes are rooted in. A replica with another model refuses the request."""
     block_hashes: tuple[BlockHash, ...]
     """Hashes of the prompt's full blocks, `num_tokens // block_size` of them."""
     sampling: SamplingParams
@@ -85,7 +87,7 @@ class PrefillRequest:
 
     request_id: str
     token_ids: TokenIds
-    root_hash: BlockHash
+    fingerprint: Fingerprint
     block_hashes: tuple[BlockHash, ...]
     first_block: int
     """Blocks before this one are in the asker's pool already and need not be handed off."""

@@ -73,3 +73,22 @@ def test_an_answer_without_an_end_is_an_error(batches: tuple[TokenBatch, ...]) -
         asyncio.run(HEAD.collect(batches_of(*batches)))
     with pytest.raises(RuntimeError, match="without a finish reason"):
         chunks_of(False, *batches)
+
+
+def test_a_stream_that_is_closed_half_way_closes_the_batches() -> None:
+    closed: list[bool] = []
+
+    async def endless() -> AsyncGenerator[TokenBatch, None]:
+        try:
+            while True:
+                yield TokenBatch((1,), "more")
+        finally:
+            closed.append(True)
+
+    async def main() -> None:
+        events = HEAD.events(endless(), include_usage=False)
+        await anext(events)
+        await events.aclose()
+        assert closed == [True]
+
+    asyncio.run(main())

@@ -1,11 +1,11 @@
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 
 import pytest
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
-from serving.http_edge import run_while_connected
+from serving.http_edge import EventStream, run_while_connected
 
 Receive = Callable[[], Awaitable[Message]]
 
@@ -84,3 +84,40 @@ def test_a_failing_clean_up_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ClientDisconnect):
         asyncio.run(main())
     assert "could not let go" in caplog.text
+
+
+def test_events_are_closed_when_a_client_that_does_not_read_hangs_up() -> None:
+    async def main() -> None:
+        gone, closed = asyncio.Event(), asyncio.Event()
+
+        async def events() -> AsyncGenerator[bytes, None]:
+            try:
+                while True:
+                    yield b"data: x\n\n"
+            finally:
+                closed.set()
+
+        async def send(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                gone.set()
+                await asyncio.Event().wait()
+
+        with pytest.raises(ClientDisconnect):
+            await EventStream(events())({"type": "http"}, hang_up_when(gone), send)
+        assert closed.is_set()
+
+    asyncio.run(main())
+
+
+def test_a_server_that_refuses_to_send_means_that_the_client_has_gone() -> None:
+    async def main() -> None:
+        async def events() -> AsyncGenerator[bytes, None]:
+            yield b"data: x\n\n"
+
+        async def send(message: Message) -> None:
+            raise OSError("closed")
+
+        with pytest.raises(ClientDisconnect):
+            await EventStream(events())({"type": "http"}, hang_up_when(asyncio.Event()), send)
+
+    asyncio.run(main())

@@ -1,0 +1,170 @@
+"""Puts the deployments together, gateway -> decode -> prefill, and brings them up on a Ray that is connected."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ray
+from ray import serve
+from ray.serve.config import RequestRouterConfig
+from ray.serve.schema import LoggingConfig
+
+from cache.actor import NodeStoreOptions, start_node_store, stop_node_store
+from cache.ledger import Budgets as StoreBudgets
+from cache.messages import StoreStats
+from cache.node_store import NodeStoreConfig
+from router.policy import PolicyConfig
+from serving.config import Budgets, Config, warehouse_directory
+from serving.decode import DecodeReplica, HandoffTimeouts
+from serving.gateway import Gateway, GatewayOptions
+from serving.http_app import HttpSettings, hash_api_key
+from serving.model_files import ModelFiles
+from serving.prefill import PrefillReplica
+from serving.replica import EngineOptions
+
+APP_NAME = "tokenloft"
+MAX_GATEWAY_REQUESTS = 1024
+STOP_TIMEOUT_S = 20.0
+
+_TARGET_ROUTER: Any = "router.serve_adapter.TargetRouter"
+"""By name: a class would be pickled into Ray's controller."""
+
+_LOGGING = LoggingConfig(enable_access_log=False, log_level="WARNING")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All that the application is made from."""
+
+    config: Config
+    budgets: Budgets
+    model: ModelFiles
+    node_ids: tuple[str, ...]
+
+
+def build_application(plan: Plan) -> Any:
+    """The Serve application of `plan`."""
+    config = plan.config
+    prefill = None
+    if config.prefill.replicas:
+        prefill = _deployment(PrefillReplica, "prefill", config.prefill.replicas, 256).bind(
+            engine_options(plan, "prefill")
+        )
+    timeouts = HandoffTimeouts(config.prefill.accept_timeout_s, config.prefill.progress_timeout_s)
+    decode = _deployment(DecodeReplica, "decode", config.decode.replicas, config.decode.max_ongoing_requests).bind(
+        engine_options(plan, "decode"), timeouts, prefill
+    )
+    gateway: Any = serve.deployment(
+        Gateway,
+        name="gateway",
+        max_ongoing_requests=MAX_GATEWAY_REQUESTS,
+        ray_actor_options={"num_cpus": 0},
+        logging_config=_LOGGING,
+    )
+    return gateway.bind(gateway_options(plan), decode, prefill)
+
+
+def _deployment(replica_class: type, name: str, num_replicas: int, max_ongoing_requests: int) -> Any:
+    return serve.deployment(
+        replica_class,
+        name=name,
+        num_replicas=num_replicas,
+        max_ongoing_requests=max_ongoing_requests,
+        # Engines set their own threads; Ray's CPU resource would only keep replicas from being placed.
+        ray_actor_options={"num_cpus": 0},
+        request_router_config=RequestRouterConfig(request_router_class=_TARGET_ROUTER),
+        graceful_shutdown_timeout_s=STOP_TIMEOUT_S,
+        logging_config=_LOGGING,
+    )
+
+
+def engine_options(plan: Plan, role: Literal["prefill", "decode"]) -> EngineOptions:
+    """Options of the engines of one role."""
+    config, budgets = plan.config, plan.budgets
+    is_prefill = role == "prefill"
+    return EngineOptions(
+        role=role,
+        model_name=plan.model.name,
+        model_dir=plan.model.directory,
+        weights_digest=plan.model.weights_digest,
+        dtype=config.model.dtype,
+        device=config.model.device,
+        max_model_len=config.model.max_model_len,
+        pool_bytes=budgets.prefill_pool_bytes if is_prefill else budgets.decode_pool_bytes,
+        block_size=config.cache.block_size,
+        step_tokens=config.prefill.chunk_tokens if is_prefill else config.decode.chunk_tokens,
+        max_running=config.decode.max_running,
+        num_threads=budgets.prefill_threads if is_prefill else budgets.decode_threads,
+        remote_threshold_tokens=config.prefill.remote_threshold_tokens,
+    )
+
+
+def gateway_options(plan: Plan) -> GatewayOptions:
+    """Options of the gateway."""
+    config = plan.config
+    return GatewayOptions(
+        model_name=plan.model.name,
+        model_dir=plan.model.directory,
+        cache_enabled=config.cache.enabled,
+        http=HttpSettings(
+            max_body_bytes=config.http.max_body_bytes,
+            api_key_hashes=frozenset(hash_api_key(key) for key in config.http.api_keys),
+        ),
+        policy=PolicyConfig(
+            remote_threshold_tokens=config.prefill.remote_threshold_tokens,
+            overload_factor=config.router.overload_factor,
+        ),
+        prediction_ttl_s=config.router.prediction_ttl_s,
+        node_ids=plan.node_ids,
+    )
+
+
+def node_store_options(config: Config, budgets: Budgets) -> NodeStoreOptions:
+    """Options of every node's store."""
+    cache = config.cache
+    directory = warehouse_directory(config) if budgets.disk_bytes else None
+    return NodeStoreOptions(
+        NodeStoreConfig(
+            StoreBudgets(budgets.dram_bytes, budgets.disk_bytes, budgets.handoff_bytes, cache.extent_max_bytes),
+            min_free_bytes=cache.min_free_bytes,
+            lease_ttl_s=cache.lease_ttl_s,
+        ),
+        directory,
+        fsync=cache.fsync,
+    )
+
+
+@contextmanager
+def node_stores(config: Config, budgets: Budgets) -> Iterator[dict[str, StoreStats]]:
+    """Node stores on all nodes that are alive, by node id; written out and ended when the block ends.
+
+    Raises FolderError if a folder can't be used.
+    """
+    options = node_store_options(config, budgets)
+    handles: list[Any] = []
+    nodes: Any = ray.nodes()  # type: ignore[no-untyped-call]
+    try:
+        for node_id in sorted(node["NodeID"] for node in nodes if node["Alive"]):
+            handles.append(start_node_store(node_id, options))
+        stats = [ray.get(handle.stats.remote()) for handle in handles]
+        yield {each.node_id: each for each in stats}
+    finally:
+        for handle in handles:
+            stop_node_store(handle)
+
+
+@contextmanager
+def running(plan: Plan) -> Iterator[None]:
+    """The application, up and answering while the block runs."""
+    http = plan.config.http
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options={"host": http.host, "port": http.port, "request_timeout_s": None},
+        logging_config=_LOGGING,
+    )
+    try:
+        serve.run(build_application(plan), name=APP_NAME, route_prefix="/", logging_config=_LOGGING)
+        yield
+    finally:
+        serve.shutdown()  # type: ignore[no-untyped-call]

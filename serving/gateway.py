@@ -1,0 +1,171 @@
+"""The gateway: HTTP in, decisions, answers out. Serve's ingress deployment.
+
+Renders the chat template, tokenises once, hashes the blocks, lets the router decide, and streams back what the
+chosen decode replica says. It holds no KV and no model; it mirrors the node stores' events to know where blocks
+are.
+"""
+
+import asyncio
+import dataclasses
+import logging
+import random
+import threading
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.exceptions import RayServeException
+
+from cache.actor import RayStorePort
+from cache.errors import StoreUnavailable
+from cache.hashing import TokenIds, chain_hashes
+from router.cost import CostModel
+from router.gateway_router import Router
+from router.mirror import Mirror
+from router.policy import PolicyConfig, RouteRequest
+from serving.chat import ChatMessage, ChatTemplate
+from serving.http_app import HttpSettings, build_app
+from serving.http_errors import ApiError
+from serving.protocol import GenerateRequest, SamplingParams, TokenBatch
+from serving.replica import Handle, ModelInfo
+
+logger = logging.getLogger("tokenloft.gateway")
+
+EVENT_WAIT_S = 5.0
+"""A reader of events waits this long for news; also how often a quiet node store is heard of."""
+STORE_RETRY_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayOptions:
+    """What the gateway needs to know before the model has come up."""
+
+    model_name: str
+    model_dir: Path
+    cache_enabled: bool
+    http: HttpSettings
+    policy: PolicyConfig
+    prediction_ttl_s: float
+    node_ids: tuple[str, ...]
+    """Nodes with a node store."""
+
+
+@serve.ingress()
+class Gateway:
+    """The ingress replica, and the backend behind `http_app`."""
+
+    def __init__(self, options: GatewayOptions, decode: Handle, prefill: Handle | None) -> None:
+        self._options = options
+        self._decode = decode
+        self._prefill = prefill
+        self._template = ChatTemplate.load(options.model_dir)
+        self._mirror = Mirror(time.monotonic, prediction_ttl_s=options.prediction_ttl_s)
+        self._ports = [RayStorePort(node_id) for node_id in options.node_ids]
+        self._info: ModelInfo | None = None
+        self._router: Router | None = None
+        self._created = int(time.time())
+
+    async def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Serve once in the replica: the app answers only when a decode replica does."""
+        info: ModelInfo = await self._decode.describe.remote()
+        costs = CostModel(bytes_per_token=info.kv_bytes_per_token)
+        self._router = Router(self._mirror, costs, self._options.policy, random.Random())
+        for port in self._ports:
+            threading.Thread(target=follow_events, args=(port, self._router), daemon=True).start()
+        self._info = info
+        return build_app(self, self._options.http)
+
+    @property
+    def _model(self) -> ModelInfo:
+        if self._info is None:
+            raise RuntimeError("the model is not ready")
+        return self._info
+
+    # -- what http_app asks for ---------------------------------------------------------------------
+
+    @property
+    def model_name(self) -> str:
+        return self._options.model_name
+
+    @property
+    def max_model_len(self) -> int:
+        return self._model.max_request_tokens
+
+    @property
+    def created(self) -> int:
+        return self._created
+
+    def is_ready(self) -> bool:
+        return self._info is not None
+
+    def render(self, messages: Sequence[ChatMessage]) -> TokenIds:
+        return self._template.render(messages)
+
+    async def generate(
+        self, token_ids: TokenIds, sampling: SamplingParams, session_id: str | None, use_cache: bool, request_id: str
+    ) -> AsyncGenerator[TokenBatch, None]:
+        """Route the request and relay its answer."""
+        assert self._router is not None
+        use_cache = use_cache and self._options.cache_enabled
+        fingerprint = self._model.fingerprint
+        if not use_cache:
+            # A root that nobody else has: nothing can be found under it, and the handoff works as ever.
+            fingerprint = replace(fingerprint, tenant_salt=f"uncached:{request_id}")
+        hashes = tuple(chain_hashes(fingerprint.root_hash(), token_ids, fingerprint.block_size))
+        route = RouteRequest(len(token_ids), hashes, fingerprint.block_size, session_id)
+        with self._router.route(route) as reservation:
+            request = GenerateRequest(
+                request_id, token_ids, fingerprint, hashes, sampling, reservation.decision, use_cache
+            )
+            async for batch in self._relay(request):
+                reservation.prefilled()
+                yield batch
+
+    async def _relay(self, request: GenerateRequest) -> AsyncGenerator[TokenBatch, None]:
+        stream = self._decode.options(stream=True).generate.remote(request)
+        try:
+            async for batch in stream:
+                if batch.finish_reason == "error":
+                    logger.error("the engine failed on %s: %s", request.request_id, batch.text)
+                    raise ApiError(500, "The engine failed on this request.", code="engine_error")
+                yield batch
+        except (ray.exceptions.RayError, RayServeException) as error:
+            logger.warning("decode failed for %s: %s", request.request_id, error)
+            message = "The replica that was to answer has failed; please try again."
+            raise ApiError(503, message, code="replica_failed", headers={"retry-after": "1"}) from error
+        finally:
+            stream.cancel()
+
+    async def warehouse_stats(self) -> Mapping[str, Any]:
+        """State of each node store, and the engines' counters."""
+        stores = await asyncio.gather(*(asyncio.to_thread(_store_stats, port) for port in self._ports))
+        return {"stores": stores, "engines": await self._engine_stats()}
+
+    async def _engine_stats(self) -> Mapping[str, Any]:
+        answers: dict[str, Any] = {}
+        for role, handle in (("decode", self._decode), ("prefill", self._prefill)):
+            if handle is not None:
+                answers[role] = await handle.broadcast("stats").results_async(timeout_s=10.0)
+        return answers
+
+
+def _store_stats(port: RayStorePort) -> Mapping[str, Any]:
+    try:
+        return dataclasses.asdict(port.stats())
+    except StoreUnavailable as error:
+        return {"node_id": port.node_id, "state": f"unavailable: {error}"}
+
+
+def follow_events(port: RayStorePort, router: Router) -> None:
+    """Mirror one node store for as long as the process lives; a store that is away is asked again."""
+    while True:
+        epoch, number = router.position(port.node_id)
+        try:
+            router.apply(port.read_events(epoch, number, EVENT_WAIT_S))
+        except StoreUnavailable:
+            time.sleep(STORE_RETRY_S)

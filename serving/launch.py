@@ -1,0 +1,124 @@
+"""`tokenloft serve`: brings everything up in order, waits, takes everything down in the opposite order."""
+
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from cache.messages import StoreStats
+from serving.config import Budgets, Config
+from serving.machine import measure_for
+from serving.model_store import prepare_model
+from serving.ray_session import prepare_environment, ray_session
+from serving.terminal import Terminal
+
+
+class LaunchError(Exception):
+    """The server can't be started; the message is one line that says why and what to do."""
+
+
+def serve(config: Config, terminal: Terminal) -> None:
+    """Serve until SIGINT or SIGTERM.
+
+    Raises LaunchError, ModelError, FolderError, ConfigError or RaySetupError, each with one clear line.
+    """
+    with stop_signals():
+        try:
+            _serve(config, terminal)
+        except KeyboardInterrupt:
+            terminal.step("stopped")
+
+
+def _serve(config: Config, terminal: Terminal) -> None:
+    started = time.monotonic()
+    config = config.model_copy(update={"http": config.http.model_copy(update={"port": find_port(config)})})
+    terminal.step(f"preparing the model {config.model.name}")
+    model = prepare_model(config.model.name, terminal)
+    budgets = measure_for(config)
+    prepare_environment()
+    terminal.step("starting Ray" if config.ray.address is None else f"joining Ray at {config.ray.address}")
+    with ray_session(config, budgets) as log_directory:
+        # Ray is imported only now, and with it everything that needs it.
+        from serving.app import Plan, node_stores, running
+
+        with signals_after_ray(), node_stores(config, budgets) as stores:
+            for stats in stores.values():
+                terminal.step(describe_store(stats))
+            terminal.step(describe_engines(config, budgets))
+            plan = Plan(config, budgets, model, tuple(stores))
+            with running(plan):
+                _announce(config, model.name, terminal, log_directory, time.monotonic() - started)
+                while True:
+                    signal.pause()
+
+
+def _announce(config: Config, model: str, terminal: Terminal, log_directory: str, seconds: float) -> None:
+    url = f"http://{config.http.host}:{config.http.port}"
+    terminal.ready(f"ready after {seconds:.0f} s: {url}/v1 (ctrl-C to stop; logs in {log_directory})")
+    terminal.hint(
+        f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' "
+        f'-d \'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}]}}\''
+    )
+
+
+def describe_store(stats: StoreStats) -> str:
+    """One line on a node store."""
+    line = f"warehouse: {stats.dram_budget_bytes / 2**30:.1f} GiB dram"
+    if stats.directory is None:
+        return f"{line}, no disk tier"
+    return (
+        f"{line}, {stats.disk_budget_bytes / 2**30:.1f} GiB disk in {stats.directory} "
+        f"({stats.num_recovered_blocks:,} blocks recovered)"
+    )
+
+
+def describe_engines(config: Config, budgets: Budgets) -> str:
+    """One line on the engines."""
+    return (
+        f"loading the model into {config.prefill.replicas} prefill ({budgets.prefill_threads} threads each) "
+        f"and {config.decode.replicas} decode replicas ({budgets.decode_threads} threads each)"
+    )
+
+
+def find_port(config: Config) -> int:
+    """The configured port, or a free one for 0. Raises LaunchError if it can't be listened on."""
+    host, port = config.http.host, config.http.port
+    try:
+        info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(info[0], info[1]) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(info[4])
+            return int(probe.getsockname()[1])
+    except socket.gaierror as error:
+        raise LaunchError(f"http.host {host} is no address of this machine: {error}") from error
+    except OSError as error:
+        raise LaunchError(
+            f"can't listen on {host} port {port}: {error.strerror}. "
+            "Stop what listens there, or choose another port with --port."
+        ) from error
+
+
+@contextmanager
+def stop_signals() -> Iterator[None]:
+    """SIGTERM ends the block as SIGINT does, with KeyboardInterrupt."""
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def signals_after_ray() -> Iterator[None]:
+    """Ours again after `ray.init`, which installs its own; and none while things are taken down."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

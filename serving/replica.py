@@ -1,0 +1,109 @@
+"""What prefill and decode replicas have in common: an engine, opened from plain options in the replica's process."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+import torch
+from ray import serve
+from transformers import AutoTokenizer
+
+from cache.actor import connect
+from cache.client import WarehouseClient
+from cache.fingerprint import Fingerprint
+from serving.engine.engine import Engine, EngineConfig
+from serving.engine.runner import ModelRunner
+
+Handle = Any
+"""A deployment handle. Ray's own annotations deny that its streams can be iterated."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How to open an engine on whatever node the replica lands on."""
+
+    role: Literal["prefill", "decode"]
+    model_name: str
+    model_dir: Path
+    weights_digest: str
+    dtype: str
+    device: str
+    max_model_len: int | None
+    pool_bytes: int
+    block_size: int
+    step_tokens: int
+    max_running: int
+    num_threads: int
+    remote_threshold_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What the gateway must know of the model that a replica has loaded."""
+
+    name: str
+    fingerprint: Fingerprint
+    max_request_tokens: int
+    kv_bytes_per_token: int
+
+
+class ModelChanged(RuntimeError):
+    """The request was made for another model than this replica serves: its KV would be wrong here."""
+
+
+class Replica:
+    """An engine with its place in the cluster. `close` once at the end."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        context = ray.get_runtime_context()
+        self.node_id: str = context.get_node_id()
+        self.replica_id: str = serve.get_replica_context().replica_id.unique_id
+        device = resolve_device(options.device)
+        runner = ModelRunner(options.model_dir, resolve_dtype(options.dtype, device), device)
+        layout = runner.layout(options.block_size)
+        config = EngineConfig(
+            role=options.role,
+            replica_id=self.replica_id,
+            num_blocks=max(1, options.pool_bytes // layout.block_bytes),
+            block_size=options.block_size,
+            step_tokens=options.step_tokens,
+            max_running=options.max_running,
+            num_threads=options.num_threads,
+            remote_threshold_tokens=options.remote_threshold_tokens,
+        )
+        tokenizer: Any = AutoTokenizer.from_pretrained(options.model_dir, local_files_only=True)
+        self.engine = Engine(runner, config, tokenizer, self._connect)
+        limit = self.engine.max_request_tokens
+        self.info = ModelInfo(
+            options.model_name,
+            runner.fingerprint(options.weights_digest, options.block_size),
+            min(limit, options.max_model_len or limit),
+            layout.bytes_per_token,
+        )
+        self.engine.start()
+
+    def _connect(self, node_id: str | None) -> WarehouseClient:
+        return connect(node_id or self.node_id, is_local=node_id in (None, self.node_id))
+
+    def check_model(self, fingerprint: Fingerprint) -> None:
+        """Raise ModelChanged if a request's hashes belong to another model's KV than this engine's."""
+        if replace(fingerprint, tenant_salt="") != self.info.fingerprint:
+            raise ModelChanged(f"this replica serves {self.info.name} with other weights or settings")
+
+    def close(self) -> None:
+        self.engine.stop()
+
+
+def resolve_device(device: str) -> str:
+    """`auto` is the first CUDA device where there is one."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def resolve_dtype(dtype: str, device: str) -> str:
+    """`auto` is float32 on a CPU, whose bfloat16 products are slower, and bfloat16 elsewhere."""
+    if dtype != "auto":
+        return dtype
+    return "float32" if device.startswith("cpu") else "bfloat16"

@@ -1,0 +1,92 @@
+"""`tokenloft warehouse stats`: what the folder holds, and what a running server says of its node stores."""
+
+import json
+import sqlite3
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.table import Table
+
+from cache.errors import FolderError
+from serving.config import Config, warehouse_directory
+
+TIMEOUT_S = 5.0
+
+
+def show_stats(config: Config, *, as_json: bool, out: TextIO) -> None:
+    """Print the statistics. Raises FolderError if there is neither a folder nor a server."""
+    directory = warehouse_directory(config)
+    server = ask_server(config)
+    folder = read_folder(directory)
+    if folder is None and server is None:
+        raise FolderError(f"there is no warehouse in {directory}, and no server answers at {_url(config)}")
+    stats = {"folder": folder, "server": server}
+    if as_json:
+        json.dump(stats, out, indent=2)
+        out.write("\n")
+        return
+    console = Console(file=out, highlight=False)
+    if folder is not None:
+        console.print(_table("on disk", folder))
+    for store in (server or {}).get("stores", []):
+        counters = store.pop("counters", {})
+        console.print(_table(f"node store of {_url(config)}", {**store, **counters}))
+    if server is None:
+        console.print(f"no server answers at {_url(config)}")
+
+
+def read_folder(directory: Path) -> dict[str, Any] | None:
+    """Totals of the folder's index, read beside a running owner; None if there is no index."""
+    path = directory / "index.sqlite"
+    if not path.exists():
+        return None
+    try:
+        with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as db:
+            row = db.execute(
+                "SELECT COUNT(*), TOTAL(image_bytes), TOTAL(LENGTH(block_hashes) / 16), TOTAL(LENGTH(token_ids) / 4), "
+                "COUNT(DISTINCT root_hash) FROM extents WHERE is_complete = 1"
+            ).fetchone()
+    except sqlite3.Error as error:
+        raise FolderError(f"the index of {directory} can't be read: {error}") from error
+    extents, num_bytes, blocks, tokens, models = row
+    return {
+        "directory": str(directory),
+        "num_extents": int(extents),
+        "num_blocks": int(blocks),
+        "num_tokens": int(tokens),
+        "num_fingerprints": int(models),
+        "disk_bytes": int(num_bytes),
+    }
+
+
+def ask_server(config: Config) -> dict[str, Any] | None:
+    """The server's own statistics, None if none answers."""
+    request = urllib.request.Request(f"{_url(config)}/warehouse/stats")
+    if config.http.api_keys:
+        request.add_header("Authorization", f"Bearer {config.http.api_keys[0]}")
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+            stats: dict[str, Any] = json.load(answer)
+            return stats
+    except (urllib.error.URLError, OSError, ValueError):
+        return None
+
+
+def _url(config: Config) -> str:
+    return f"http://{config.http.host}:{config.http.port}"
+
+
+def _table(title: str, values: dict[str, Any]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in values.items():
+        table.add_row(name.replace("_", " "), _human(name, value))
+    return table
+
+
+def _human(name: str, value: Any) -> str:
+    if name.endswith("_bytes") and isinstance(value, int):
+        return f"{value / 2**20:,.1f} MiB"
+    return f"{value:,}" if isinstance(value, int) else str(value)
