@@ -1,8 +1,11 @@
 """Puts the deployments together, gateway -> decode -> prefill, and brings them up on a Ray that is connected."""
 
+import logging
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import ray
@@ -158,6 +161,7 @@ def node_stores(config: Config, budgets: Budgets) -> Iterator[dict[str, StoreSta
 def running(plan: Plan) -> Iterator[None]:
     """The application, up and answering while the block runs."""
     http = plan.config.http
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(
         proxy_location="HeadOnly",
         http_options={"host": http.host, "port": http.port, "request_timeout_s": None},
@@ -167,4 +171,12 @@ def running(plan: Plan) -> Iterator[None]:
         serve.run(build_application(plan), name=APP_NAME, route_prefix="/", logging_config=_LOGGING)
         yield
     finally:
-        serve.shutdown()  # type: ignore[no-untyped-call]
+        with _silence():
+            serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Ray reports its own controller's end as a failure; whoever pressed ctrl-C should not have to wonder."""
+    with Path(os.devnull).open("w") as null, redirect_stdout(null), redirect_stderr(null):
+        yield
