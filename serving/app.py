@@ -20,6 +20,7 @@ from cache.node_store import NodeStoreConfig
 from router.policy import PolicyConfig
 from serving.config import Budgets, Config, warehouse_directory
 from serving.decode import DecodeReplica, HandoffTimeouts
+from serving.errors import LaunchError
 from serving.gateway import Gateway, GatewayOptions
 from serving.http_app import HttpSettings, hash_api_key
 from serving.model_files import ModelFiles
@@ -78,6 +79,7 @@ def _deployment(replica_class: type, name: str, num_replicas: int, max_ongoing_r
         ray_actor_options={"num_cpus": 0},
         request_router_config=RequestRouterConfig(request_router_class=_TARGET_ROUTER),
         graceful_shutdown_timeout_s=STOP_TIMEOUT_S,
+        max_constructor_retry_count=1,
         logging_config=_LOGGING,
     )
 
@@ -168,11 +170,28 @@ def running(plan: Plan) -> Iterator[None]:
         logging_config=_LOGGING,
     )
     try:
-        serve.run(build_application(plan), name=APP_NAME, route_prefix="/", logging_config=_LOGGING)
+        _deploy(plan)
         yield
     finally:
         with _silence():
             serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def _deploy(plan: Plan) -> None:
+    try:
+        serve.run(build_application(plan), name=APP_NAME, route_prefix="/", logging_config=_LOGGING)
+    except RuntimeError as error:
+        raise LaunchError(f"the engines did not come up: {_cause_of_failure() or error}") from error
+
+
+def _cause_of_failure() -> str | None:
+    """The last line of the first failed deployment's traceback, which names the exception."""
+    status = serve.status().applications.get(APP_NAME)
+    for deployment in status.deployments.values() if status else ():
+        lines = [line for line in deployment.message.splitlines() if line.strip()]
+        if "Traceback" in deployment.message:
+            return lines[-1].strip()
+    return None
 
 
 @contextmanager

@@ -12,7 +12,9 @@ from typing import Any
 
 from cache.errors import CacheError
 from serving.config import Config, ConfigError, load_config
-from serving.launch import LaunchError, serve
+from serving.engine.families import UnsupportedModelError
+from serving.errors import LaunchError
+from serving.launch import serve
 from serving.model_files import ModelError
 from serving.ray_session import RaySetupError
 from serving.terminal import Terminal
@@ -33,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run: Any = parsed.run
         run(parsed, terminal)
-    except (ConfigError, ModelError, LaunchError, RaySetupError, CacheError) as error:
+    except (CacheError, ConfigError, LaunchError, ModelError, RaySetupError, UnsupportedModelError) as error:
         terminal.error(str(error))
         return 1
     except KeyboardInterrupt:

@@ -1,22 +1,22 @@
 """`tokenloft serve`: brings everything up in order, waits, takes everything down in the opposite order."""
 
+import json
 import signal
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from cache.messages import StoreStats
 from serving.config import Budgets, Config
+from serving.engine.families import check_model_type
+from serving.errors import LaunchError
 from serving.machine import measure_for
 from serving.model_store import prepare_model
 from serving.ray_session import prepare_environment, ray_session
 from serving.terminal import Terminal
-
-
-class LaunchError(Exception):
-    """The server can't be started; the message is one line that says why and what to do."""
 
 
 def serve(config: Config, terminal: Terminal) -> None:
@@ -36,6 +36,7 @@ def _serve(config: Config, terminal: Terminal) -> None:
     config = config.model_copy(update={"http": config.http.model_copy(update={"port": find_port(config)})})
     terminal.step(f"preparing the model {config.model.name}")
     model = prepare_model(config.model.name, terminal)
+    check_model_type(model_type_of(model.directory))
     budgets = measure_for(config)
     prepare_environment()
     terminal.step("starting Ray" if config.ray.address is None else f"joining Ray at {config.ray.address}")
@@ -52,6 +53,14 @@ def _serve(config: Config, terminal: Terminal) -> None:
                 _announce(config, model.name, terminal, log_directory, time.monotonic() - started)
                 while True:
                     signal.pause()
+
+
+def model_type_of(directory: Path) -> str:
+    """The family that a model folder's config names. Raises LaunchError for a config that can't be read."""
+    try:
+        return str(json.loads((directory / "config.json").read_bytes())["model_type"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LaunchError(f"{directory / 'config.json'} does not name a model type: {error!r}") from error
 
 
 def _announce(config: Config, model: str, terminal: Terminal, log_directory: str, seconds: float) -> None:

@@ -168,9 +168,7 @@ class Loader:
 
         def fill(header: ExtentHeader, image: Image) -> None:
             first = first_after[header.parent_hash]
-            blocks = [
-                (job.block_table[first + at], len(header.block_token_ids(at))) for at in range(header.num_blocks)
-            ]
+            blocks = [(job.block_table[first + at], len(header.block_token_ids(at))) for at in range(header.num_blocks)]
             self._pool.export(blocks, image[header.payload_offset :])
 
         return fill

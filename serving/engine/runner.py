@@ -18,12 +18,9 @@ from transformers.utils import logging as transformers_logging
 
 from cache.fingerprint import Fingerprint
 from serving.engine import attention
+from serving.engine.families import UnsupportedModelError, check_model_type
 from serving.engine.kv_pool import KV_DTYPES, KVLayout
 from serving.engine.step_batch import StepBatch
-
-SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-"""Families whose attention is plain softmax attention with rotary positions: nothing that `paged_attention`
-would leave out (sinks, soft caps, biases). SmolLM and SmolLM2 are `llama`."""
 
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 """Rope types whose angles change with the length of the batch: their KV cannot be reused."""
@@ -44,10 +41,6 @@ CONFIG_KEYS_WITHOUT_EFFECT = frozenset(
     }
 )
 """Fields of a config that KV cannot depend on. Everything else counts, unknown fields too."""
-
-
-class UnsupportedModelError(Exception):
-    """This engine cannot serve the model; the message says why."""
 
 
 class ModelRunner:
@@ -138,9 +131,7 @@ def set_num_threads(num_threads: int) -> None:
 
 def check_supported(config: PreTrainedConfig) -> None:
     """Raise UnsupportedModelError, with the reason, for a model that would be served wrongly."""
-    if config.model_type not in SUPPORTED_MODEL_TYPES:
-        supported = ", ".join(SUPPORTED_MODEL_TYPES)
-        raise UnsupportedModelError(f"model type {config.model_type!r} is not supported, only {supported} are")
+    check_model_type(config.model_type)
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModelError("the checkpoint is quantised; only plain weights are supported")
     window = getattr(config, "sliding_window", None)

@@ -55,14 +55,12 @@ class Scheduler:
             return None
         sequence = self.waiting[0]
         match = self._match(sequence)
-        # Pinned before the allocation, which might otherwise evict what was just found.
-        self.pool.share(match.block_ids)
-        partial = [] if match.partial_block_id is None else [match.partial_block_id]
-        self.pool.share(partial)
-        fresh = self._allocate_for(sequence, match)
-        self.pool.release(partial)
+        fresh = self._take(sequence, match)
+        if fresh is None and match.partial_block_id is not None:
+            # The block to be copied may be the very one that is missing.
+            match = PoolMatch(match.block_ids)
+            fresh = self._take(sequence, match)
         if fresh is None:
-            self.pool.release(match.block_ids)
             return None
         self.waiting.popleft()
         sequence.block_table = [*match.block_ids, *fresh]
@@ -75,6 +73,18 @@ class Scheduler:
         if not sequence.request.use_cache:
             return PoolMatch()
         return self.pool.match(sequence.request.root_hash, sequence.reusable_hashes, sequence.reusable_tokens)
+
+    def _take(self, sequence: Sequence, match: PoolMatch) -> list[int] | None:
+        """Share what was matched and allocate the rest; None, and nothing taken, if there are too few blocks."""
+        # Pinned before the allocation, which might otherwise evict what was just found.
+        partial = [] if match.partial_block_id is None else [match.partial_block_id]
+        self.pool.share(match.block_ids)
+        self.pool.share(partial)
+        fresh = self._allocate_for(sequence, match)
+        self.pool.release(partial)
+        if fresh is None:
+            self.pool.release(match.block_ids)
+        return fresh
 
     def _allocate_for(self, sequence: Sequence, match: PoolMatch) -> list[int] | None:
         num_blocks = -(-sequence.num_tokens // self.pool.block_size) - len(match.block_ids)
@@ -113,7 +123,8 @@ class Scheduler:
             if block_ids is not None:
                 sequence.block_table += block_ids
                 continue
-            victim = next(s for s in reversed(self.admitted) if s.status is Status.RUNNING)
+            # Blocks that a loader thread still reads can't be taken away.
+            victim = next(s for s in reversed(self.admitted) if s.status is Status.RUNNING and s.is_idle)
             self.preempt(victim)
             if victim is sequence:
                 return False

@@ -53,7 +53,7 @@ class EngineRequest:
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """Where results go. Called from the engine's threads: must not block."""
+    """Where results go. Called from the step loop: must not block. One that raises has its request cancelled."""
 
     on_batch: Callable[[TokenBatch], None] = lambda batch: None
     on_progress: Callable[[int, int, bool], None] = lambda num_tokens, num_computed, is_done: None
@@ -80,11 +80,13 @@ class Sequence:
     is_handoff_open: bool = False
     """A prefill replica is at work for this sequence."""
     has_asked_prefill: bool = False
-    handoff_tokens: int = 0
-    """Decode: tokens that the prefill replica has announced. Prefill: tokens offered to the store."""
-    handoff_node_id: str | None = None
-    handoff_tried_tokens: int = 0
-    """Announced tokens that a load has already been tried for."""
+    announced_tokens: int = 0
+    """Decode: leading tokens that the prefill replica has handed off so far."""
+    announced_node_id: str | None = None
+    tried_tokens: int = 0
+    """Decode: announced tokens that a load has been tried for; it may have brought less."""
+    offered_tokens: int = 0
+    """Prefill: leading tokens offered to the store so far."""
     is_load_in_flight: bool = False
     num_stores_in_flight: int = 0
     cached_tokens: dict[Tier, int] = field(default_factory=dict)
@@ -93,6 +95,8 @@ class Sequence:
     """Prompt tokens that came from the prefill replica."""
     num_prompt_computed: int = 0
     """Prompt tokens computed here."""
+    num_accounted_tokens: int = 0
+    """Prompt tokens whose origin is known; what a preempted sequence computes again is not counted again."""
     num_preemptions: int = 0
     load_s: float = 0.0
     first_token_at: float | None = None
@@ -167,6 +171,12 @@ class Sequence:
     def block_token_ids(self, index: int) -> TokenIds:
         """Tokens of block `index`, as far as they are known."""
         return self.token_ids[index * self.block_size : (index + 1) * self.block_size]
+
+    def account(self) -> int:
+        """Count the prompt tokens that have KV for the first time, and return how many there are."""
+        gained = max(0, min(self.num_computed, self.num_prompt_tokens) - self.num_accounted_tokens)
+        self.num_accounted_tokens += gained
+        return gained
 
     def append(self, token_id: int) -> None:
         """A sampled token; its block is hashed as soon as it is full."""

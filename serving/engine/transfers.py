@@ -59,14 +59,13 @@ class Transfers:
         if self._loader is None or not sequence.request.use_cache or sequence.num_computed >= num_tokens:
             self._plan_rest(sequence)
         else:
-            self._load(sequence, num_tokens, None)
+            self._load(sequence, num_tokens, None, is_handoff=False)
 
-    def _load(self, sequence: Sequence, num_tokens: int, node_id: str | None) -> None:
+    def _load(self, sequence: Sequence, num_tokens: int, node_id: str | None, *, is_handoff: bool) -> None:
         """Ask the store for what continues the sequence, up to its first `num_tokens` tokens."""
         assert self._loader is not None
         sequence.status = Status.LOADING
         sequence.is_load_in_flight = True
-        is_handoff = sequence.is_handoff_open
         query = LoadQuery(
             sequence.request.root_hash,
             tuple(sequence.block_hashes[: num_tokens // self._block_size]),
@@ -79,7 +78,7 @@ class Transfers:
         def on_done(result: LoadResult) -> None:
             self._post(lambda: self._on_loaded(sequence, result, is_handoff))
 
-        # While a handoff is open its owner's leases hold blocks that are still to be loaded.
+        # A handoff's leases hold blocks that are still to be loaded; `end_handoff` releases them.
         job = LoadJob(query, tuple(sequence.block_table), sequence.num_computed, on_done, node_id, is_handoff)
         self._loader.load(job)
 
@@ -118,9 +117,9 @@ class Transfers:
         ):
             sequence.has_asked_prefill = True
             sequence.is_handoff_open = ask(sequence)
-        if sequence.handoff_tokens > sequence.handoff_tried_tokens and sequence.request.sampling is not None:
-            self._load_handoff(sequence)
-        elif sequence.is_handoff_open:
+        if self._load_announced(sequence):
+            return
+        if sequence.is_handoff_open:
             sequence.status = Status.LOADING
         else:
             self.end_handoff(sequence)
@@ -133,15 +132,18 @@ class Transfers:
         """The prefill replica announces that blocks up to `num_tokens` can be loaded."""
         if not sequence.is_handoff_open:
             return
-        sequence.handoff_tokens = max(sequence.handoff_tokens, num_tokens)
-        sequence.handoff_node_id = node_id
+        sequence.announced_tokens = max(sequence.announced_tokens, num_tokens)
+        sequence.announced_node_id = node_id
         if not sequence.is_load_in_flight:
-            self._load_handoff(sequence)
+            self._load_announced(sequence)
 
-    def _load_handoff(self, sequence: Sequence) -> None:
-        sequence.handoff_tried_tokens = sequence.handoff_tokens
-        if sequence.num_computed < sequence.handoff_tokens:
-            self._load(sequence, sequence.handoff_tokens, sequence.handoff_node_id)
+    def _load_announced(self, sequence: Sequence) -> bool:
+        """Load what has been announced since the last time; False if there is nothing."""
+        if sequence.announced_tokens <= max(sequence.tried_tokens, sequence.num_computed):
+            return False
+        sequence.tried_tokens = sequence.announced_tokens
+        self._load(sequence, sequence.announced_tokens, sequence.announced_node_id, is_handoff=True)
+        return True
 
     def on_handoff_closed(self, sequence: Sequence) -> None:
         """Nothing more will be announced: load the last, compute what is missing."""
@@ -154,7 +156,7 @@ class Transfers:
     def end_handoff(self, sequence: Sequence) -> None:
         """Let go of what the prefill replica has left in the store for this sequence."""
         if sequence.has_asked_prefill and self._loader is not None:
-            self._loader.release(sequence.request_id, sequence.handoff_node_id)
+            self._loader.release(sequence.request_id, sequence.announced_node_id)
 
     # -- handoff, prefill's side --------------------------------------------------------------------
 
@@ -164,10 +166,10 @@ class Transfers:
         if request.handoff_owner is None or self._loader is None:
             return
         num_tokens = sequence.num_computed // self._block_size * self._block_size
-        if num_tokens <= max(sequence.handoff_tokens, request.handoff_first_block * self._block_size):
+        first_block = max(sequence.offered_tokens // self._block_size, request.handoff_first_block)
+        if num_tokens <= first_block * self._block_size:
             return
-        first_block = max(sequence.handoff_tokens // self._block_size, request.handoff_first_block)
-        sequence.handoff_tokens = num_tokens
+        sequence.offered_tokens = num_tokens
         offer = StoreOffer(
             request.root_hash,
             tuple(sequence.block_hashes[: num_tokens // self._block_size]),

@@ -1,0 +1,5 @@
+"""Errors of bringing the server up. Each message is one line that says what is wrong and what to do."""
+
+
+class LaunchError(Exception):
+    """The server can't be started."""
