@@ -20,7 +20,7 @@ from cache.events import DeviceBlocks, EventBatch, ReplicaLoad, Tier
 from cache.extent import Image
 from cache.messages import LoadGrant, LoadQuery, StoreGrant, StoreOffer, StoreStats
 from cache.node_store import NodeStore, NodeStoreConfig
-from cache.tiers.disk import FileTier
+from cache.tiers.disk import LOCK_WAIT_S, FileTier
 from cache.tiers.object_store import ObjectStoreTier, read_object
 
 NAMESPACE = "tokenloft"
@@ -40,6 +40,8 @@ class NodeStoreOptions:
     directory: Path | None
     """Folder of the disk tier; `{node}` in it is replaced by the node's id. None: no disk tier."""
     fsync: bool = True
+    lock_wait_s: float = LOCK_WAIT_S
+    """How long to wait for a folder that another process still holds."""
 
 
 class NodeStoreActor:
@@ -59,7 +61,8 @@ class NodeStoreActor:
         disk = None
         if options.directory is not None:
             directory = Path(str(options.directory).replace("{node}", node_id))
-            disk = FileTier(directory, fsync=options.fsync, report=logging.getLogger("tokenloft.warehouse").info)
+            report = logging.getLogger("tokenloft.warehouse").info
+            disk = FileTier(directory, fsync=options.fsync, report=report, lock_wait_s=options.lock_wait_s)
         return NodeStore(options.config, ObjectStoreTier(), disk, node_id=node_id)
 
     @property
@@ -139,7 +142,7 @@ def start_node_store(node_id: str, options: NodeStoreOptions) -> Any:
     Raises FolderError if its folder can't be used.
     """
     handle: Any = (
-        ray.remote(concurrency_groups=_GROUPS)(NodeStoreActor)
+        ray.remote(concurrency_groups=_GROUPS)(NodeStoreActor)  # type: ignore[call-overload]
         .options(
             name=actor_name(node_id),
             namespace=NAMESPACE,

@@ -376,11 +376,18 @@ class Ledger:
         return drops
 
     def discard(self, extent_id: str, tier: Tier) -> list[Drop]:
-        """The image in `tier` turned out bad or missing: forget it there, leased or not."""
+        """The image in `tier` turned out bad or missing: forget it there, leased or not.
+
+        An image that is still in dram is written again.
+        """
         extent = self._held.find(extent_id)
         if extent is None or not extent.is_in(tier):
             return []
-        return self._leave(extent, tier)
+        drops = self._leave(extent, tier)
+        if extent.in_dram and not extent.needs_write and not extent.is_transient:
+            extent.needs_write = True
+            self._dirty[extent_id] = extent
+        return drops
 
     def _settle(self, extent: Extent) -> list[Drop]:
         """Without leases a handoff becomes an ordinary cached extent, or leaves."""

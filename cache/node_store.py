@@ -320,6 +320,7 @@ class NodeStore:
                 if header is None and promotion is None and not removals:
                     if self._is_closing:
                         return
+                    self._changed.notify_all()  # a flush may wait for writes that have been given up
                     self._changed.wait(1.0)
                     continue
             # First of all: a full disk gets room by them, and an id must go before it may come again.
@@ -397,6 +398,7 @@ class NodeStore:
             if self._degraded:
                 logger.warning("the warehouse's disk works again")
             self._degraded = None
+            self._ledger.disk_accepts_writes = True
             self._changed.notify_all()
 
     def _promote(self, extent_id: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -31,6 +32,7 @@ def private_ray(
     }
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
+    _read_environment_again()
     try:
         ray.init(
             address="local",
@@ -49,4 +51,11 @@ def private_ray(
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+        _read_environment_again()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _read_environment_again() -> None:
+    """Ray reads mode and token once a process; a test process starts one Ray after the other."""
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()

@@ -1,5 +1,6 @@
 """Chains with known KV for the tests of the warehouse: a block's bytes follow from its tokens and its history."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,8 @@ from cache.fingerprint import Fingerprint
 from cache.hashing import BlockHash, TokenIds, as_token_ids, block_hash, chain_hashes
 from cache.ledger import Budgets
 from cache.messages import LoadQuery, StoreOffer
-from cache.node_store import NodeStoreConfig
+from cache.node_store import NodeStore, NodeStoreConfig
+from cache.tiers.disk import FileTier
 
 BLOCK_SIZE = 4
 SHAPE = KVShape(num_layers=2, num_kv_heads=1, head_dim=4, dtype="float32")
@@ -20,9 +22,8 @@ IMAGE_BYTES = 4096 + BLOCK_BYTES
 """Image of an extent of one block."""
 
 
-def root_of(**changes: str) -> BlockHash:
-    fields = {"weights": "w", "config": "c", "kv_dtype": "float32", "numerics": "float32"} | changes
-    return Fingerprint(**fields, block_size=BLOCK_SIZE).root_hash()
+def root_of(weights: str = "w", numerics: str = "float32", tenant_salt: str = "") -> BlockHash:
+    return Fingerprint(weights, "c", "float32", numerics, BLOCK_SIZE, tenant_salt=tenant_salt).root_hash()
 
 
 ROOT = root_of()
@@ -129,3 +130,18 @@ def unique_tokens(num_tokens: int) -> Iterator[list[int]]:
     """Chains that share nothing, without end."""
     for chain in range(1, 1 << 20):
         yield [chain * 1000 + i for i in range(num_tokens)]
+
+
+def crash(store: NodeStore) -> None:
+    """End the store as a kill would, except that a write under way ends: nothing is flushed or marked as closed."""
+    with store._changed:
+        store._ledger._dirty.clear()
+        store._removals.clear()
+        store._promotions.clear()
+        store._is_closing = True
+        store._changed.notify_all()
+    store._writer.join()
+    disk = store._disk
+    if isinstance(disk, FileTier):
+        disk._db._db.close()
+        os.close(disk._lock_fd)

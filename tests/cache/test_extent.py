@@ -155,7 +155,7 @@ def forged(**changes: object) -> bytes:
     """A header whose checksum is right and whose content is not."""
     image = sealed_image(header_of(range(8)))
     raw = msgpack.unpackb(image[24 : front_bytes(image.tobytes())].tobytes())
-    packed = msgpack.packb(raw | changes)
+    packed: bytes = msgpack.packb(raw | changes)
     return struct.pack("<8sIIQ", b"TLEXTENT", 1, len(packed), xxhash.xxh3_64_intdigest(packed)) + packed
 
 

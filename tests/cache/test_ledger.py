@@ -44,7 +44,7 @@ class Books:
 
     def write_behind(self) -> list[str]:
         """Write everything that is dirty; the ids written."""
-        written = []
+        written: list[str] = []
         while True:
             header, drops = self.ledger.next_write()
             self.drops += drops
@@ -481,6 +481,15 @@ def test_a_failed_write_is_tried_again_or_given_up() -> None:
         books.ledger.check_integrity()
         assert books.ledger.has_dirty == retry
     assert books.found(chain(1)) == BLOCK_SIZE
+
+
+def test_an_image_whose_file_was_bad_is_written_again() -> None:
+    books = Books(disk=4)
+    books.store(chain(1))
+    books.write_behind()
+    books.drops += books.ledger.discard(header_of(chain(1)).extent_id, DISK)
+    books.ledger.check_integrity()
+    assert books.write_behind() == [header_of(chain(1)).extent_id]
 
 
 def test_an_image_found_bad_while_it_is_written_is_not_believed_on_disk() -> None:

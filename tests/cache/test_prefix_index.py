@@ -71,6 +71,7 @@ class IndexMachine(RuleBasedStateMachine):
         assert found.num_blocks == at // SIZE
         assert found.num_tokens(SIZE) == at + longest
         if longest:
+            assert found.partial is not None
             assert found.partial in self.index
             holders = [block for history, block in self.stored if hash_of(history + block) == found.partial]
             assert [common(rest, block) for block in holders] == [longest]
