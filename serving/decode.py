@@ -53,6 +53,11 @@ class DecodeReplica:
         stream = TokenStream()
         handoffs: list[asyncio.Task[None]] = []
         loop = asyncio.get_running_loop()
+        is_over = False
+
+        def start_handoff(prefill_request: PrefillRequest) -> None:
+            if not is_over:  # the engine may ask in the moment in which the consumer goes away
+                handoffs.append(self._start_handoff(prefill_request))
 
         def ask_prefill(sequence: Sequence) -> bool:
             if self._prefill is None:
@@ -60,7 +65,7 @@ class DecodeReplica:
             prefill_request = self._prefill_request(request, sequence.num_computed)
             if prefill_request is None:
                 return False
-            loop.call_soon_threadsafe(lambda: handoffs.append(self._start_handoff(prefill_request)))
+            loop.call_soon_threadsafe(start_handoff, prefill_request)
             return True
 
         self._replica.engine.submit(
@@ -79,6 +84,7 @@ class DecodeReplica:
             async for batch in stream:
                 yield batch
         finally:
+            is_over = True
             self._replica.engine.cancel(request.request_id)
             for task in handoffs:
                 task.cancel()
@@ -108,10 +114,20 @@ class DecodeReplica:
 
     async def _hand_off(self, request: PrefillRequest) -> None:
         """Follow a prefill replica's progress; however it ends, the engine is told that it has ended."""
+        try:
+            await self._follow(request)
+        except TimeoutError:
+            logger.warning("no answer from prefill for %s: decode computes alone", request.request_id)
+        except (ray.exceptions.RayError, RayServeException) as error:
+            logger.warning("prefill failed for %s: decode computes alone (%s)", request.request_id, error)
+        finally:
+            self._replica.engine.handoff_closed(request.request_id)
+
+    async def _follow(self, request: PrefillRequest) -> None:
         assert self._prefill is not None
         stream = self._prefill.options(stream=True).prefill.remote(request)
+        timeout_s = self._timeouts.accept_s
         try:
-            timeout_s = self._timeouts.accept_s
             while True:
                 progress: PrefillProgress = await asyncio.wait_for(anext(stream), timeout_s)
                 timeout_s = self._timeouts.progress_s
@@ -121,13 +137,12 @@ class DecodeReplica:
                     return
         except StopAsyncIteration:
             return
-        except TimeoutError:
-            logger.warning("no answer from prefill for %s: decode computes alone", request.request_id)
-        except (ray.exceptions.RayError, RayServeException) as error:
-            logger.warning("prefill failed for %s: decode computes alone (%s)", request.request_id, error)
         finally:
             stream.cancel()
-            self._replica.engine.handoff_closed(request.request_id)
+
+    def check_health(self) -> None:
+        """Asked by Serve, which replaces a replica whose engine has ended."""
+        self._replica.engine.check_alive()
 
     def __del__(self) -> None:
         # Serve's hook for a graceful stop; a replica that failed to start has nothing to close.

@@ -1,5 +1,6 @@
 """`tokenloft serve`: brings everything up in order, waits, takes everything down in the opposite order."""
 
+import errno
 import json
 import signal
 import socket
@@ -100,13 +101,20 @@ def find_port(config: Config) -> int:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(info[4])
             return int(probe.getsockname()[1])
-    except socket.gaierror as error:
+    except (socket.gaierror, UnicodeError) as error:  # UnicodeError: a part of the name is too long
         raise LaunchError(f"http.host {host} is no address of this machine: {error}") from error
     except OSError as error:
-        raise LaunchError(
-            f"can't listen on {host} port {port}: {error.strerror}. "
-            "Stop what listens there, or choose another port with --port."
-        ) from error
+        raise LaunchError(f"can't listen on {host} port {port}: {error.strerror}. {_remedy(error)}") from error
+
+
+def _remedy(error: OSError) -> str:
+    match error.errno:
+        case errno.EADDRNOTAVAIL:
+            return "Set http.host to an address of this machine."
+        case errno.EACCES:
+            return "Choose a port from 1024 on with --port."
+        case _:
+            return "Stop what listens there, or choose another port with --port."
 
 
 @contextmanager

@@ -60,7 +60,14 @@ def _cgroup_limit_bytes() -> int | None:
 
 
 def _existing_parent(path: Path) -> Path:
-    return next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())
+    return next(parent for parent in (path, *path.absolute().parents) if _is_dir(parent))
+
+
+def _is_dir(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except PermissionError:  # inside a folder that is closed to us; whoever opens the warehouse says so
+        return False
 
 
 def _held_bytes(warehouse: Path) -> int:

@@ -53,6 +53,10 @@ class PrefillReplica:
         finally:
             self._replica.engine.cancel(request.request_id)
 
+    def check_health(self) -> None:
+        """Asked by Serve, which replaces a replica whose engine has ended."""
+        self._replica.engine.check_alive()
+
     def stats(self) -> dict[str, float]:
         """The engine's counters."""
         return self._replica.engine.stats()

@@ -7,8 +7,9 @@ comes first and nothing here imports ray at the top.
 import logging
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,22 +42,30 @@ def prepare_environment(token_directory: Path | None = None) -> None:
 
 
 def ensure_token(directory: Path) -> Path:
-    """The token file in `directory`, made with mode 0600 if it is missing."""
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    """The token file in `directory`, made with mode 0600 if it is missing. Raises RaySetupError."""
     path = directory / "ray_auth_token"
-    if path.exists():
-        return path
-    temporary = directory / f"ray_auth_token.{os.getpid()}"
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(fd, "w") as file:
-        file.write(secrets.token_hex(32))
     try:
-        os.link(temporary, path)  # fails if another start was first: then its token is the one
-    except FileExistsError:
-        pass
-    finally:
-        temporary.unlink()
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not path.exists():
+            _make_token(path)
+    except OSError as error:
+        raise RaySetupError(
+            f"can't keep Ray's token in {directory}: {error}. "
+            "Let RAY_AUTH_TOKEN_PATH name a file that holds one, readable by you alone."
+        ) from error
     return path
+
+
+def _make_token(path: Path) -> None:
+    """Whole or not at all; if another start is first, its token is the one."""
+    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.")  # with mode 0600
+    try:
+        with os.fdopen(fd, "w") as file:
+            file.write(secrets.token_hex(32))
+        with suppress(FileExistsError):
+            path.hardlink_to(temporary)
+    finally:
+        Path(temporary).unlink()
 
 
 @contextmanager

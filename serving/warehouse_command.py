@@ -1,9 +1,10 @@
 """`tokenloft warehouse stats`: what the folder holds, and what a running server says of its node stores."""
 
+import http.client
 import json
 import sqlite3
-import urllib.error
 import urllib.request
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,6 +15,9 @@ from cache.errors import FolderError
 from serving.config import Config, warehouse_directory
 
 TIMEOUT_S = 5.0
+
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Without the proxies of the environment, behind which this machine's own address is another one."""
 
 
 def show_stats(config: Config, *, as_json: bool, out: TextIO) -> None:
@@ -44,7 +48,8 @@ def read_folder(directory: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as db:
+        # As a URI, which escapes what would end the path.
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
             row = db.execute(
                 "SELECT COUNT(*), TOTAL(image_bytes), TOTAL(LENGTH(block_hashes) / 16), TOTAL(LENGTH(token_ids) / 4), "
                 "COUNT(DISTINCT root_hash) FROM extents WHERE is_complete = 1"
@@ -68,15 +73,16 @@ def ask_server(config: Config) -> dict[str, Any] | None:
     if config.http.api_keys:
         request.add_header("Authorization", f"Bearer {config.http.api_keys[0]}")
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
-            stats: dict[str, Any] = json.load(answer)
-            return stats
-    except (urllib.error.URLError, OSError, ValueError):
+        with _OPENER.open(request, timeout=TIMEOUT_S) as answer:
+            stats: Any = json.load(answer)
+            return stats if isinstance(stats, dict) else None
+    except (OSError, ValueError, http.client.HTTPException):  # URLError is an OSError
         return None
 
 
 def _url(config: Config) -> str:
-    return f"http://{config.http.host}:{config.http.port}"
+    host = f"[{config.http.host}]" if ":" in config.http.host else config.http.host
+    return f"http://{host}:{config.http.port}"
 
 
 def _table(title: str, values: dict[str, Any]) -> Table:

@@ -14,7 +14,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, ParamSpec, TypeVar
 
 import torch
 
@@ -32,6 +32,9 @@ from serving.engine.transfers import Transfers
 from serving.protocol import TokenBatch
 
 logger = logging.getLogger("tokenloft.engine")
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,10 @@ class EngineConfig:
 
 class RequestTooLong(ValueError):
     """The request can never fit into the pool."""
+
+
+class EngineStopped(RuntimeError):
+    """The step loop has ended: nothing is computed any more."""
 
 
 class Engine:
@@ -93,6 +100,7 @@ class Engine:
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._is_stopping = False
+        self._is_over = False
         self._thread = threading.Thread(target=self._run, name="tokenloft-step-loop", daemon=True)
 
     def __repr__(self) -> str:
@@ -107,7 +115,7 @@ class Engine:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the step loop after its present step, then finish the stores that are under way."""
+        """End the step loop after its present step, fail what is unfinished, finish the stores that are under way."""
         self._is_stopping = True
         self._post(lambda: None)
         self._thread.join()
@@ -117,7 +125,8 @@ class Engine:
     # -- called from any thread ---------------------------------------------------------------------
 
     def submit(self, request: EngineRequest, listener: Listener) -> None:
-        """Queue a request. Raises RequestTooLong if it can never fit."""
+        """Queue a request. Raises RequestTooLong if it can never fit, EngineStopped if the step loop has ended."""
+        check_request(request, self.config.block_size)
         max_new = request.sampling.max_tokens if request.sampling else 0
         num_tokens = len(request.token_ids) + max_new
         if num_tokens > self.max_request_tokens:
@@ -129,8 +138,29 @@ class Engine:
             if self._tokenizer is None:
                 raise ValueError("this engine has no tokenizer and can't sample")
             detokenizer = IncrementalDetokenizer(self._tokenizer, request.sampling.stop)
+        listener = self._guarded(request.request_id, listener)
         sequence = Sequence(request, listener, self.config.block_size, time.perf_counter(), detokenizer)
-        self._post(lambda: self._add(sequence))
+        if not self._post(lambda: self._add(sequence)):
+            raise EngineStopped(f"the engine {self.config.replica_id} has stopped")
+
+    def _guarded(self, request_id: str, listener: Listener) -> Listener:
+        """The listener, which cancels its own request where it would have raised in the step loop."""
+
+        def guard(call: Callable[P, R], otherwise: R) -> Callable[P, R]:
+            def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+                try:
+                    return call(*args, **kwargs)
+                except Exception:  # who listens is gone or broken; the other requests go on
+                    logger.exception("the listener of %s failed", request_id)
+                    self.cancel(request_id)
+                    return otherwise
+
+            return guarded
+
+        ask = listener.ask_prefill
+        return Listener(
+            guard(listener.on_batch, None), guard(listener.on_progress, None), guard(ask, False) if ask else None
+        )
 
     def cancel(self, request_id: str) -> None:
         """Stop a request's work within one step; nothing happens if it is over."""
@@ -182,27 +212,57 @@ class Engine:
         for failure in failures:
             raise failure
 
-    def _post(self, command: Callable[[], None]) -> None:
+    def check_alive(self) -> None:
+        """Raise EngineStopped if the step loop has ended."""
+        if self._is_over:
+            raise EngineStopped(f"the engine {self.config.replica_id} has stopped")
+
+    def _post(self, command: Callable[[], None]) -> bool:
+        """Have the step loop run a command; False if the loop has ended and never will."""
         with self._wake:
+            if self._is_over:
+                return False
             self._inbox.append(command)
             self._wake.notify()
+            return True
 
     # -- the step loop ------------------------------------------------------------------------------
 
     def _run(self) -> None:
         torch.set_num_threads(self.config.num_threads)
-        while not self._is_stopping:
-            self._run_commands()
-            self._admit()
-            parts = self._scheduler.plan_step()
-            if self._reporter is not None:
-                self._reporter.report(is_idle=not parts)
-            if parts:
-                self._step(parts)
-            else:
-                self._wait()
+        reason = "the engine is shutting down"
+        try:
+            while not self._is_stopping:
+                self._run_once()
+        except Exception:  # a fault of ours: the books may be off, so the engine ends rather than go on
+            logger.exception("the step loop of %s has failed", self.config.replica_id)
+            reason = "the engine has failed"
+        self._end(reason)
+
+    def _run_once(self) -> None:
+        self._run_commands()
+        self._admit()
+        parts = self._scheduler.plan_step()
+        if self._reporter is not None:
+            self._reporter.report(is_idle=not parts)
+        if parts:
+            self._step(parts)
+        else:
+            self._wait()
+
+    def _end(self, reason: str) -> None:
+        """Tell everybody who waits, those still in the inbox too."""
+        with self._wake:
+            self._is_over = True
+        for act in (self._run_commands, lambda: self._fail_all(reason)):
+            try:
+                act()
+            except Exception:
+                logger.exception("%s could not end in order", self.config.replica_id)
+
+    def _fail_all(self, reason: str) -> None:
         for sequence in list(self._sequences.values()):
-            self._fail(sequence, "the engine is shutting down")
+            self._fail(sequence, reason)
 
     def _wait(self) -> None:
         with self._wake:
@@ -214,6 +274,9 @@ class Engine:
             self._inbox.popleft()()
 
     def _add(self, sequence: Sequence) -> None:
+        if sequence.request_id in self._sequences:
+            _tell_failed(sequence, f"request id {sequence.request_id} is in use")
+            return
         self._sequences[sequence.request_id] = sequence
         self._scheduler.add(sequence)
         self.counters["requests"] += 1
@@ -257,8 +320,8 @@ class Engine:
     def _advance(self, part: ScheduledPart, token_id: int | None) -> None:
         sequence = part.sequence
         num_prompt = max(0, min(part.num_tokens, sequence.num_prompt_tokens - sequence.num_computed))
-        sequence.num_prompt_computed += num_prompt
         sequence.num_computed += part.num_tokens
+        sequence.num_prompt_computed += sequence.account()
         self.counters["computed_tokens"] += part.num_tokens
         self.counters["computed_prompt_tokens"] += num_prompt
         self._transfers.register_full_blocks(sequence)
@@ -305,8 +368,25 @@ class Engine:
 
     def _fail(self, sequence: Sequence, reason: str) -> None:
         self._finish(sequence)
-        sequence.listener.on_batch(TokenBatch((), reason, "error", sequence.usage()))
-        sequence.listener.on_progress(0, sequence.num_prompt_computed, True)
+        _tell_failed(sequence, reason)
+
+
+def _tell_failed(sequence: Sequence, reason: str) -> None:
+    sequence.listener.on_batch(TokenBatch((), reason, "error", sequence.usage()))
+    sequence.listener.on_progress(0, sequence.num_prompt_computed, True)
+
+
+def check_request(request: EngineRequest, block_size: int) -> None:
+    """Raise ValueError for a request that could never be finished."""
+    if not len(request.token_ids):
+        raise ValueError(f"request {request.request_id} has no tokens")
+    if request.sampling is not None:
+        if request.sampling.max_tokens < 1:
+            raise ValueError(f"request {request.request_id} has max_tokens={request.sampling.max_tokens}, less than 1")
+    elif request.handoff_owner is None:
+        raise ValueError(f"request {request.request_id} neither samples nor hands off")
+    elif len(request.token_ids) % block_size or len(request.token_ids) <= request.handoff_first_block * block_size:
+        raise ValueError(f"request {request.request_id} has no whole number of blocks to hand off")
 
 
 def _wants_token(part: ScheduledPart) -> bool:

@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from cache.client import WarehouseClient
@@ -62,7 +62,7 @@ class StoreJob:
 
     offer: StoreOffer
     block_table: tuple[int, ...]
-    on_done: Callable[[bool], None]
+    on_done: Callable[[bool], object]
     """Told whether everything offered is stored now."""
 
 
@@ -96,8 +96,8 @@ class Loader:
     # -- loading ------------------------------------------------------------------------------------
 
     def load(self, job: LoadJob) -> None:
-        """Start a load; `job.on_done` is called exactly once, from a thread of the loader."""
-        self._loads.submit(self._run_load, job)
+        """Start a load; `job.on_done` is called exactly once, from a thread of the loader, unless that is closed."""
+        self._loads.submit(self._run_load, job).add_done_callback(_log_failure)
 
     def _run_load(self, job: LoadJob) -> None:
         started = time.perf_counter()
@@ -144,13 +144,19 @@ class Loader:
 
     def release(self, owner: str, node_id: str | None = None) -> None:
         """End the leases that jobs with `keep_lease` have left."""
-        self._loads.submit(lambda: self._client(node_id).release(owner))
+        self._loads.submit(self._run_release, owner, node_id).add_done_callback(_log_failure)
+
+    def _run_release(self, owner: str, node_id: str | None) -> None:
+        try:
+            self._client(node_id).release(owner)
+        except StoreUnavailable:
+            logger.debug("the leases of %s lapse by themselves", owner)
 
     # -- storing ------------------------------------------------------------------------------------
 
     def store(self, job: StoreJob) -> None:
         """Start a store; `job.on_done` is called exactly once, from a thread of the loader."""
-        self._stores.submit(self._run_store, job)
+        self._stores.submit(self._run_store, job).add_done_callback(_log_failure)
 
     def _run_store(self, job: StoreJob) -> None:
         is_stored = False
@@ -175,11 +181,11 @@ class Loader:
 
     # -- reporting ----------------------------------------------------------------------------------
 
-    def report(self, load: ReplicaLoad, blocks: DeviceBlocks | None, on_done: Callable[[bool], None]) -> None:
+    def report(self, load: ReplicaLoad, blocks: DeviceBlocks | None, on_done: Callable[[bool], object]) -> None:
         """Tell the node store this engine's state; `on_done` is told whether it arrived."""
-        self._loads.submit(self._run_report, load, blocks, on_done)
+        self._loads.submit(self._run_report, load, blocks, on_done).add_done_callback(_log_failure)
 
-    def _run_report(self, load: ReplicaLoad, blocks: DeviceBlocks | None, on_done: Callable[[bool], None]) -> None:
+    def _run_report(self, load: ReplicaLoad, blocks: DeviceBlocks | None, on_done: Callable[[bool], object]) -> None:
         has_arrived = False
         try:
             self._client(None).port.report_engine(load, blocks)
@@ -188,6 +194,13 @@ class Loader:
             logger.debug("the node store could not be told the engine's state")
         finally:
             on_done(has_arrived)
+
+
+def _log_failure(job: "Future[None]") -> None:
+    """What no job should raise would otherwise vanish with its future."""
+    error = None if job.cancelled() else job.exception()
+    if error is not None:
+        logger.error("a job of the loader failed", exc_info=error)
 
 
 class _ThreadClients(threading.local):

@@ -1,11 +1,12 @@
 """An engine's own view of its speed and load, and the report of both to the node store."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import Literal
 
 from cache.events import DeviceBlocks, ReplicaLoad
-from cache.hashing import pack_hashes
+from cache.hashing import BlockHash, pack_hashes
 from serving.engine.loader import Loader
 from serving.engine.scheduler import ScheduledPart, Scheduler
 
@@ -49,7 +50,8 @@ class Reporter:
         scheduler: Scheduler,
         speed: Speed,
         loader: Loader,
-        post: Callable[[Callable[[], None]], None],
+        post: Callable[[Callable[[], None]], object],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._replica_id = replica_id
         self._role: Literal["prefill", "decode"] = role
@@ -57,29 +59,36 @@ class Reporter:
         self._speed = speed
         self._loader = loader
         self._post = post
+        self._clock = clock
         self._needs_all = True
+        self._removed: set[BlockHash] = set()
+        """What has left the pool since the last report that arrived."""
         self._is_in_flight = False
-        self._sent_at = 0.0
+        self._sent_at = -math.inf
 
     def report(self, *, is_idle: bool) -> None:
         """Send a report if one is due. A lost one is made up for by sending all holdings with the next."""
-        elapsed = time.monotonic() - self._sent_at
+        elapsed = self._clock() - self._sent_at
         if self._is_in_flight or elapsed < REPORT_INTERVAL_S:
             return
         pool = self._scheduler.pool
         if is_idle and not self._needs_all and not pool.has_changes and elapsed < IDLE_REPORT_INTERVAL_S:
             return
-        self._sent_at = time.monotonic()
+        self._sent_at = self._clock()
         self._is_in_flight = True
         changes = pool.take_changes()
         added = pool.all_hashes() if self._needs_all else changes.added
-        blocks = DeviceBlocks(self._replica_id, pack_hashes(list(added)), pack_hashes(list(changes.removed)))
+        self._removed = (self._removed | changes.removed) - added
+        blocks = DeviceBlocks(self._replica_id, pack_hashes(list(added)), pack_hashes(list(self._removed)))
         self._needs_all = False
         self._loader.report(self._load(), blocks, lambda arrived: self._post(lambda: self._on_sent(arrived)))
 
     def _on_sent(self, has_arrived: bool) -> None:
         self._is_in_flight = False
-        self._needs_all = self._needs_all or not has_arrived
+        if has_arrived:
+            self._removed.clear()
+        else:
+            self._needs_all = True
 
     def _load(self) -> ReplicaLoad:
         scheduler = self._scheduler

@@ -23,7 +23,7 @@ from serving.engine.sequence import Sequence, Status
 
 logger = logging.getLogger("tokenloft.engine")
 
-Post = Callable[[Callable[[], None]], None]
+Post = Callable[[Callable[[], None]], object]
 
 
 class Transfers:
@@ -52,9 +52,7 @@ class Transfers:
 
     def begin(self, sequence: Sequence) -> None:
         """The sequence has its blocks and what the pool had of it: look for more in the warehouse."""
-        if sequence.num_preemptions == 0:
-            sequence.cached_tokens[Tier.DEVICE] = sequence.num_computed
-            self._counters["device_tokens"] += sequence.num_computed
+        self._count_cached(sequence, Tier.DEVICE, sequence.account())
         num_tokens = len(sequence.reusable_tokens)
         if self._loader is None or not sequence.request.use_cache or sequence.num_computed >= num_tokens:
             self._plan_rest(sequence)
@@ -86,26 +84,31 @@ class Transfers:
         sequence.is_load_in_flight = False
         sequence.load_s += result.seconds
         if sequence.status is Status.FINISHED:
+            self.end_handoff(sequence)  # the load has leased again what was let go of
             self.release_if_idle(sequence)
             return
-        gained = result.num_tokens - sequence.num_computed
+        self._counters["loaded_tokens"] += result.num_tokens - sequence.num_computed
         sequence.num_computed = result.num_tokens
-        self._counters["loaded_tokens"] += gained
+        gained = sequence.account()
         if is_handoff:
             sequence.prefill_tokens += gained
-        elif sequence.num_preemptions == 0:
-            self._count_cached(sequence, result, gained)
+        else:
+            self._count_loaded(sequence, result, gained)
         self.register_full_blocks(sequence)
         self._plan_rest(sequence)
 
-    def _count_cached(self, sequence: Sequence, result: LoadResult, gained: int) -> None:
+    def _count_loaded(self, sequence: Sequence, result: LoadResult, gained: int) -> None:
         if result.is_remote:
             sequence.remote_tokens += gained
             self._counters["remote_tokens"] += gained
             return
         for tier, num_tokens in result.by_tier.items():
-            sequence.cached_tokens[tier] = sequence.cached_tokens.get(tier, 0) + num_tokens
-            self._counters[f"{tier.value}_tokens"] += num_tokens
+            self._count_cached(sequence, tier, min(num_tokens, gained))
+            gained -= min(num_tokens, gained)
+
+    def _count_cached(self, sequence: Sequence, tier: Tier, num_tokens: int) -> None:
+        sequence.cached_tokens[tier] = sequence.cached_tokens.get(tier, 0) + num_tokens
+        self._counters[f"{tier.value}_tokens"] += num_tokens
 
     def _plan_rest(self, sequence: Sequence) -> None:
         """What is stored is here: have the rest computed, by a prefill replica if it is long."""
@@ -132,6 +135,8 @@ class Transfers:
         """The prefill replica announces that blocks up to `num_tokens` can be loaded."""
         if not sequence.is_handoff_open:
             return
+        # Never the last token: its logits are wanted here.
+        num_tokens = min(num_tokens, len(sequence.reusable_tokens))
         sequence.announced_tokens = max(sequence.announced_tokens, num_tokens)
         sequence.announced_node_id = node_id
         if not sequence.is_load_in_flight:

@@ -1,10 +1,12 @@
 """Runs requests through a real engine from a test's thread."""
 
 import queue
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import AutoTokenizer
@@ -18,7 +20,7 @@ from cache.tiers.disk import FileTier
 from cache.tiers.memory import MemoryTier
 from serving.engine.engine import Engine, EngineConfig
 from serving.engine.runner import ModelRunner
-from serving.engine.sequence import EngineRequest, Listener
+from serving.engine.sequence import EngineRequest, Listener, Sequence
 from serving.protocol import SamplingParams, TokenBatch, Usage
 
 ROOT = Fingerprint("weights", "config", "float32", "float32", 16).root_hash()
@@ -39,6 +41,12 @@ class Answer:
     def cost(self) -> Usage:
         assert self.usage is not None
         return self.usage
+
+
+def prompt_of(num_tokens: int, seed: int = 0) -> list[int]:
+    """Random token ids, none of them special."""
+    rng = random.Random(seed)
+    return [rng.randrange(3, 300) for _ in range(num_tokens)]
 
 
 class Pending:
@@ -97,6 +105,63 @@ class EngineUnderTest:
         return self.submit(token_ids, SamplingParams(max_tokens, temperature=0.0), use_cache=use_cache).wait()
 
 
+@dataclass
+class Handoff:
+    """Requests decoded by `decode`, their long rests prefilled by `prefill`, as the deployments do it."""
+
+    prefill: EngineUnderTest
+    decode: EngineUnderTest
+    announced: list[tuple[int, bool]] = field(default_factory=list)
+    """Tokens and last word of each announcement so far."""
+
+    def submit(
+        self,
+        token_ids: list[int],
+        sampling: SamplingParams,
+        request_id: str,
+        *,
+        root: BlockHash = ROOT,
+        use_cache: bool = True,
+    ) -> Pending:
+        pending = Pending()
+
+        def ask(sequence: Sequence) -> bool:
+            self._ask(sequence, use_cache=use_cache)
+            return True
+
+        self.decode.submit(
+            token_ids,
+            sampling,
+            root=root,
+            use_cache=use_cache,
+            listener=Listener(on_batch=pending.batches.put, ask_prefill=ask),
+            request_id=request_id,
+        )
+        return pending
+
+    def _ask(self, sequence: Sequence, *, use_cache: bool) -> None:
+        request_id, block_size = sequence.request_id, sequence.block_size
+        num_blocks = (sequence.num_prompt_tokens - 1) // block_size
+
+        def on_progress(num_tokens: int, num_computed: int, is_done: bool) -> None:
+            self.announced.append((num_tokens, is_done))
+            self.decode.engine.handoff_progress(request_id, num_tokens, None)
+            if is_done:
+                self.decode.engine.handoff_closed(request_id)
+
+        request = EngineRequest(
+            request_id,
+            sequence.token_ids[: num_blocks * block_size].copy(),
+            sequence.request.root_hash,
+            tuple(sequence.block_hashes[:num_blocks]),
+            None,
+            use_cache=use_cache,
+            handoff_owner=request_id,
+            handoff_first_block=sequence.num_computed // block_size,
+        )
+        self.prefill.engine.submit(request, Listener(on_progress=on_progress))
+
+
 def make_engine(
     model_dir: Path,
     store: NodeStore | None = None,
@@ -108,7 +173,7 @@ def make_engine(
     block_size: int = BLOCK_SIZE,
 ) -> Engine:
     runner = ModelRunner(model_dir)
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
     config = EngineConfig(
         "decode",
         replica_id,

@@ -1,6 +1,5 @@
 """The engine over a tiny random model: parity with the oracle, reuse counted by the engine itself."""
 
-import random
 import threading
 import time
 from pathlib import Path
@@ -8,23 +7,25 @@ from pathlib import Path
 import pytest
 
 from cache.events import Tier
-from serving.engine.engine import RequestTooLong
-from serving.engine.sequence import Listener
-from serving.protocol import SamplingParams
+from cache.fingerprint import Fingerprint
+from cache.hashing import as_token_ids, chain_hashes
+from serving.engine.engine import EngineStopped, RequestTooLong
+from serving.engine.sequence import EngineRequest, Listener, Sequence
+from serving.protocol import SamplingParams, TokenBatch
 from tests.oracle import Oracle
-from tests.serving.engine.harness import BLOCK_SIZE, make_engine, open_store, running
+from tests.serving.engine.harness import (
+    BLOCK_SIZE,
+    ROOT,
+    EngineUnderTest,
+    Handoff,
+    Pending,
+    make_engine,
+    open_store,
+    prompt_of,
+    running,
+)
 
 GREEDY = 0.0
-
-
-@pytest.fixture(scope="module")
-def oracle(tiny_model_dir: Path) -> Oracle:
-    return Oracle(tiny_model_dir)
-
-
-def prompt_of(num_tokens: int, seed: int = 0) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(3, 300) for _ in range(num_tokens)]
 
 
 def test_greedy_equals_the_oracle_in_chunks(tiny_model_dir: Path, oracle: Oracle) -> None:
@@ -102,7 +103,7 @@ def test_another_engine_loads_the_turn_from_the_store(
         assert store.flush()
         history = prompt + first.token_ids
         with running(make_engine(tiny_model_dir, store, replica_id="b")) as engine:
-            second_prompt = history + [7, 8, 9]
+            second_prompt = [*history, 7, 8, 9]
             second = engine.greedy(second_prompt, 10)
             oracle.check(second_prompt, second.token_ids, 10)
             assert second.cost.device_tokens == 0
@@ -116,7 +117,7 @@ def test_a_turn_after_a_restart_comes_from_disk(tiny_model_dir: Path, oracle: Or
     with open_store(tmp_path) as store, running(make_engine(tiny_model_dir, store)) as engine:
         first = engine.greedy(prompt, 10)
     with open_store(tmp_path) as store, running(make_engine(tiny_model_dir, store)) as engine:
-        second_prompt = prompt + first.token_ids + [11, 12]
+        second_prompt = [*prompt, *first.token_ids, 11, 12]
         second = engine.greedy(second_prompt, 10)
         oracle.check(second_prompt, second.token_ids, 10)
         assert second.cost.disk_tokens >= len(prompt) + len(first.token_ids) - 1
@@ -146,9 +147,8 @@ def test_a_full_pool_preempts_and_every_answer_is_still_right(tiny_model_dir: Pa
 
 
 def test_a_request_that_can_never_fit_is_refused(tiny_model_dir: Path) -> None:
-    with running(make_engine(tiny_model_dir, num_blocks=4)) as engine:
-        with pytest.raises(RequestTooLong, match="64"):
-            engine.submit(prompt_of(60), SamplingParams(5))
+    with running(make_engine(tiny_model_dir, num_blocks=4)) as engine, pytest.raises(RequestTooLong, match="64"):
+        engine.submit(prompt_of(60), SamplingParams(5))
 
 
 def test_cancel_stops_within_a_step_and_frees_the_blocks(tiny_model_dir: Path) -> None:
@@ -204,9 +204,14 @@ def test_prefill_hands_its_blocks_to_another_engine(tiny_model_dir: Path, oracle
         running(make_engine(tiny_model_dir, store, replica_id="prefill")) as prefill,
         running(make_engine(tiny_model_dir, store, replica_id="decode")) as decode,
     ):
+        handoff = Handoff(prefill, decode)
         for use_cache in (False, True):
             computed = prefill.engine.counters["computed_tokens"] + decode.engine.counters["computed_tokens"]
-            answer = disaggregated(prefill, decode, prompt, use_cache=use_cache)
+            # Without the cache each request has a root that nobody else has.
+            root = ROOT if use_cache else Fingerprint("a", "b", "c", "d", 16, tenant_salt="once").root_hash()
+            params = SamplingParams(10, temperature=GREEDY)
+            request_id = f"handoff-{use_cache}"
+            answer = handoff.submit(prompt, params, request_id, root=root, use_cache=use_cache).wait()
             oracle.check(prompt, answer.token_ids, 10)
             assert answer.cost.prefill_tokens == BLOCK_SIZE * 12
             assert answer.cost.decode_computed_tokens == 3
@@ -216,50 +221,6 @@ def test_prefill_hands_its_blocks_to_another_engine(tiny_model_dir: Path, oracle
         assert store.flush()
         store.check_integrity()
         assert store.stats().handoff_bytes == 0
-
-
-def disaggregated(prefill, decode, prompt: list[int], *, use_cache: bool):  # type: ignore[no-untyped-def]
-    """One request decoded by `decode`, its long rest prefilled by `prefill`, as the deployments do it."""
-    from cache.fingerprint import Fingerprint
-    from cache.hashing import as_token_ids, chain_hashes
-    from serving.engine.sequence import EngineRequest
-    from tests.serving.engine.harness import ROOT, Pending
-
-    pending = Pending()
-    request_id = f"handoff-{use_cache}"
-    root = ROOT if use_cache else Fingerprint("a", "b", "c", "d", 16, tenant_salt="once").root_hash()
-
-    def ask(sequence) -> bool:  # type: ignore[no-untyped-def]
-        num_tokens = (sequence.num_prompt_tokens - 1) // BLOCK_SIZE * BLOCK_SIZE
-        ids = as_token_ids(prompt[:num_tokens])
-        request = EngineRequest(
-            request_id,
-            ids,
-            root,
-            tuple(chain_hashes(root, ids, BLOCK_SIZE)),
-            None,
-            use_cache=use_cache,
-            handoff_owner=request_id,
-            handoff_first_block=sequence.num_computed // BLOCK_SIZE,
-        )
-
-        def on_progress(num_tokens: int, num_computed: int, is_done: bool) -> None:
-            decode.engine.handoff_progress(request_id, num_tokens, None)
-            if is_done:
-                decode.engine.handoff_closed(request_id)
-
-        prefill.engine.submit(request, Listener(on_progress=on_progress))
-        return True
-
-    decode.submit(
-        prompt,
-        SamplingParams(10, temperature=GREEDY),
-        root=root,
-        use_cache=use_cache,
-        listener=Listener(on_batch=pending.batches.put, ask_prefill=ask),
-        request_id=request_id,
-    )
-    return pending.wait()
 
 
 def test_a_handoff_that_breaks_off_is_finished_here(tiny_model_dir: Path, oracle: Oracle, tmp_path: Path) -> None:
@@ -273,8 +234,6 @@ def test_a_handoff_that_breaks_off_is_finished_here(tiny_model_dir: Path, oracle
         pending = engine.submit(prompt, SamplingParams(1, temperature=GREEDY))
         pending.wait()
         other = prompt_of(BLOCK_SIZE * 6, seed=3)
-        from tests.serving.engine.harness import Pending
-
         broken = Pending()
         engine.submit(
             other,
@@ -285,6 +244,117 @@ def test_a_handoff_that_breaks_off_is_finished_here(tiny_model_dir: Path, oracle
         answer = broken.wait()
         oracle.check(other, answer.token_ids, 8)
         assert answer.cost.decode_computed_tokens == len(other)
+
+
+def test_usage_adds_up_for_a_sequence_that_was_preempted(tiny_model_dir: Path, tmp_path: Path) -> None:
+    with open_store(tmp_path) as store, running(make_engine(tiny_model_dir, store, num_blocks=16)) as engine:
+        for use_cache in (True, False):
+            params = SamplingParams(100, temperature=GREEDY)
+            pending = [engine.submit(prompt_of(60, seed=i), params, use_cache=use_cache) for i in range(3)]
+            for request in pending:
+                usage = request.wait().cost
+                known = usage.cached_tokens + usage.prefill_tokens + usage.decode_computed_tokens
+                assert known == usage.prompt_tokens
+        computed = engine.engine.counters["computed_prompt_tokens"]
+        assert computed > 6 * 60, "the engine's own counter tells what was computed twice"
+
+
+def test_one_token_and_a_whole_pool(tiny_model_dir: Path, oracle: Oracle) -> None:
+    with running(make_engine(tiny_model_dir, num_blocks=4)) as engine:
+        for num_tokens in (1, 4 * BLOCK_SIZE - 1):
+            prompt = prompt_of(num_tokens)
+            for _ in range(2):
+                answer = engine.greedy(prompt, 1)
+                assert answer.finish_reason == "length"
+                oracle.check(prompt, answer.token_ids, 1)
+        # Shares only the beginning of a cached block, and needs the whole pool.
+        forked = [*prompt[:7], *prompt_of(4 * BLOCK_SIZE - 8, seed=9)]
+        oracle.check(forked, engine.greedy(forked, 1).token_ids, 1)
+
+
+def prefill_request(num_tokens: int, *, owner: str | None = "owner", first_block: int = 0) -> EngineRequest:
+    ids = as_token_ids(prompt_of(num_tokens))
+    hashes = tuple(chain_hashes(ROOT, ids, BLOCK_SIZE))
+    return EngineRequest("prefill", ids, ROOT, hashes, None, handoff_owner=owner, handoff_first_block=first_block)
+
+
+def test_a_request_that_could_never_end_is_refused(tiny_model_dir: Path) -> None:
+    with running(make_engine(tiny_model_dir)) as engine:
+        with pytest.raises(ValueError, match="no tokens"):
+            engine.submit([], SamplingParams(5))
+        with pytest.raises(ValueError, match="max_tokens=0"):
+            engine.submit(prompt_of(5), SamplingParams(0))
+        for request in (
+            prefill_request(BLOCK_SIZE, owner=None),
+            prefill_request(BLOCK_SIZE + 1),
+            prefill_request(BLOCK_SIZE, first_block=1),
+        ):
+            with pytest.raises(ValueError, match="hand"):
+                engine.engine.submit(request, Listener())
+
+
+def test_a_request_id_in_use_is_refused_and_the_first_goes_on(tiny_model_dir: Path, oracle: Oracle) -> None:
+    with running(make_engine(tiny_model_dir)) as engine:
+        prompt, params = prompt_of(30), SamplingParams(40, temperature=GREEDY)
+        first = engine.submit(prompt, params, request_id="same")
+        second = engine.submit(prompt_of(30, seed=1), params, request_id="same").wait()
+        assert (second.finish_reason, second.text) == ("error", "request id same is in use")
+        oracle.check(prompt, first.wait().token_ids, 40)
+        assert engine.submit(prompt, params, request_id="same").wait().finish_reason == "length"
+
+
+def test_a_listener_that_raises_loses_its_request_alone(tiny_model_dir: Path, oracle: Oracle) -> None:
+    def refuse(_: TokenBatch) -> None:
+        raise ConnectionError("nobody listens")
+
+    def cannot_ask(_: Sequence) -> bool:
+        raise RuntimeError("the loop is closed")
+
+    with running(make_engine(tiny_model_dir)) as engine:
+        prompt = prompt_of(30)
+        other = engine.submit(prompt, SamplingParams(30, temperature=GREEDY))
+        engine.submit(prompt_of(40), SamplingParams(500), listener=Listener(on_batch=refuse))
+        engine.submit(prompt_of(40, seed=1), SamplingParams(500), listener=Listener(ask_prefill=cannot_ask))
+        oracle.check(prompt, other.wait().token_ids, 30)
+        engine.engine.check_integrity()
+        assert engine.engine.counters["cancelled"] == 2
+        assert engine.engine.stats()["num_used_blocks"] == 0
+
+
+def test_stopping_answers_everybody_and_refuses_newcomers(tiny_model_dir: Path) -> None:
+    engine = make_engine(tiny_model_dir, max_running=1)
+    engine.start()
+    under_test = EngineUnderTest(engine)
+    running_request = under_test.submit(prompt_of(30), SamplingParams(900, temperature=1.0))
+    waiting_request = under_test.submit(prompt_of(30), SamplingParams(900, temperature=1.0))
+    running_request.first()
+    engine.check_alive()
+    engine.stop()
+    for request in (running_request, waiting_request):
+        answer = request.wait()
+        assert (answer.finish_reason, answer.text[-28:]) == ("error", "the engine is shutting down")
+    with pytest.raises(EngineStopped):
+        under_test.greedy(prompt_of(3), 1)
+    with pytest.raises(EngineStopped):
+        engine.check_alive()
+    engine.cancel("unknown")
+
+
+def test_a_fault_in_the_step_loop_ends_the_engine_and_answers_everybody(tiny_model_dir: Path) -> None:
+    engine = make_engine(tiny_model_dir)
+    engine.start()
+    under_test = EngineUnderTest(engine)
+    request = under_test.submit(prompt_of(30), SamplingParams(900, temperature=1.0), request_id="victim")
+    request.first()
+
+    def lose_blocks(sequence: Sequence) -> None:
+        raise KeyError("a fault of ours")
+
+    engine._on_sequence("victim", lose_blocks)
+    assert request.wait().finish_reason == "error"
+    with pytest.raises(EngineStopped):
+        engine.check_alive()
+    engine.stop()
 
 
 def test_device_reuse_is_reported_by_tier(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from serving.engine.families import UnsupportedModelError
 from serving.engine.kv_pool import KVPool
-from serving.engine.runner import ModelRunner, UnsupportedModelError, config_digest, quiet_loading, set_num_threads
+from serving.engine.runner import ModelRunner, config_digest, quiet_loading, set_num_threads
 from serving.engine.step_batch import SequencePart, build_step_batch
 from tests.tiny_models import FAMILIES, build_tiny_model
 

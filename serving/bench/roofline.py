@@ -1,0 +1,40 @@
+"""What this machine can do at most, measured in the same run as what it is held against."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from serving.bench.report import best_seconds
+
+_GEMM_SIZE = 1024
+_VECTOR_ROWS, _VECTOR_COLUMNS = 16384, 4096
+"""A matrix of 256 MB: far more than any cache holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Roofline:
+    """Peak of matrix multiplication, and of reading memory once as a matrix-vector product does."""
+
+    gemm_flops_per_s: float
+    read_bytes_per_s: float
+
+    @classmethod
+    def measure(cls, rounds: int = 5) -> "Roofline":
+        a, b = torch.randn(_GEMM_SIZE, _GEMM_SIZE), torch.randn(_GEMM_SIZE, _GEMM_SIZE)
+        matrix, vector = torch.randn(_VECTOR_ROWS, _VECTOR_COLUMNS), torch.randn(_VECTOR_COLUMNS)
+        gemm_s = best_seconds(lambda: a @ b, rounds * 4)
+        read_s = best_seconds(lambda: matrix @ vector, rounds)
+        return cls(2 * _GEMM_SIZE**3 / gemm_s, matrix.nbytes / read_s)
+
+
+def prefill_flops(config: Any, num_parameters: int, num_tokens: int) -> float:
+    """Arithmetic of a causal prefill: 2 x parameters outside the embedding x tokens, plus attention.
+
+    Attention takes 2 x 2 x heads x head_dim per pair of tokens and layer, over half of the square. The output
+    head is left out: only the last token passes it.
+    """
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    pairs = num_tokens * (num_tokens + 1) / 2
+    attention = 4 * config.num_attention_heads * head_dim * pairs * config.num_hidden_layers
+    return 2.0 * num_parameters * num_tokens + attention

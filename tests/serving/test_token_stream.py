@@ -1,0 +1,107 @@
+"""Batches cross from an engine's thread into the event loop: in order, none lost, gathered under load."""
+
+import asyncio
+import threading
+
+import pytest
+
+from serving.protocol import TokenBatch, Usage
+from serving.token_stream import TokenStream, merge
+
+LAST = TokenBatch((), "", "stop", Usage(1, 1))
+
+
+def batch(token_id: int) -> TokenBatch:
+    return TokenBatch((token_id,), f"{token_id} ")
+
+
+async def collect(stream: TokenStream) -> list[TokenBatch]:
+    return [each async for each in stream]
+
+
+def test_merging_keeps_order_and_the_last_word() -> None:
+    usage = Usage(3, 2)
+    merged = merge([batch(1), TokenBatch((2, 3), ""), TokenBatch((4,), "end", "length", usage)])
+    assert merged == TokenBatch((1, 2, 3, 4), "1 end", "length", usage)
+    assert merge([batch(7)]) == batch(7)
+
+
+def test_the_first_batch_comes_at_once_and_what_piles_up_comes_together() -> None:
+    async def scenario() -> None:
+        stream = TokenStream(min_interval_s=0.05)
+        batches = aiter(stream)
+        stream.push(batch(0))
+        # Would wait for good if the first needed company.
+        assert await asyncio.wait_for(anext(batches), 10) == batch(0)
+        for token_id in (1, 2, 3):
+            stream.push(batch(token_id))
+        assert await anext(batches) == TokenBatch((1, 2, 3), "1 2 3 ")
+        stream.push(batch(4))
+        stream.push(LAST)
+        assert await anext(batches) == TokenBatch((4,), "4 ", "stop", LAST.usage)
+        with pytest.raises(StopAsyncIteration):
+            await anext(batches)
+
+    asyncio.run(scenario())
+
+
+def test_all_may_be_there_before_anybody_reads() -> None:
+    async def scenario() -> list[TokenBatch]:
+        stream = TokenStream()
+        stream.push(batch(1))
+        stream.push(LAST)
+        await asyncio.sleep(0)
+        return await collect(stream)
+
+    assert asyncio.run(scenario()) == [TokenBatch((1,), "1 ", "stop", LAST.usage)]
+
+
+@pytest.mark.parametrize("interval_s", [0.0, 0.001])
+def test_nothing_is_lost_between_threads(interval_s: float) -> None:
+    num_tokens = 5000
+
+    async def scenario() -> list[TokenBatch]:
+        stream = TokenStream(interval_s)
+
+        def produce() -> None:
+            for token_id in range(num_tokens):
+                stream.push(batch(token_id))
+            stream.push(LAST)
+
+        producer = threading.Thread(target=produce)
+        producer.start()
+        received = await asyncio.wait_for(collect(stream), 60)
+        producer.join()
+        return received
+
+    received = asyncio.run(scenario())
+    assert [token_id for each in received for token_id in each.token_ids] == list(range(num_tokens))
+    assert [each.finish_reason for each in received if each.finish_reason] == ["stop"]
+
+
+def test_the_interval_limits_how_many_batches_cross() -> None:
+    async def scenario() -> list[TokenBatch]:
+        stream = TokenStream(min_interval_s=0.1)
+
+        async def produce() -> None:
+            for token_id in range(50):
+                stream.push(batch(token_id))
+                await asyncio.sleep(0.001)
+            stream.push(LAST)
+
+        producer = asyncio.create_task(produce())
+        received = await collect(stream)
+        await producer
+        return received
+
+    received = asyncio.run(scenario())
+    assert received[0] == batch(0)
+    assert len(received) < 25
+
+
+def test_a_push_after_the_loop_has_ended_is_lost_quietly() -> None:
+    async def make() -> TokenStream:
+        return TokenStream()
+
+    stream = asyncio.run(make())
+    stream.push(batch(1))
