@@ -107,8 +107,8 @@ class NodeStoreActor:
         self._opened.abort_store(extent_ids)
 
     @ray.method(concurrency_group="read")
-    def report_engine(self, load: ReplicaLoad, blocks: DeviceBlocks | None) -> None:
-        self._opened.report_engine(load, blocks)
+    def report_engine(self, load: ReplicaLoad, blocks: DeviceBlocks | None) -> bool:
+        return self._opened.report_engine(load, blocks)
 
     @ray.method(concurrency_group="read")
     def forget_engine(self, replica_id: str) -> None:
@@ -234,8 +234,8 @@ class RayStorePort:
     def abort_store(self, extent_ids: tuple[str, ...]) -> None:
         self._call("abort_store", extent_ids)
 
-    def report_engine(self, load: ReplicaLoad, blocks: DeviceBlocks | None) -> None:
-        self._call("report_engine", load, blocks)
+    def report_engine(self, load: ReplicaLoad, blocks: DeviceBlocks | None) -> bool:
+        return bool(self._call("report_engine", load, blocks))
 
     def forget_engine(self, replica_id: str) -> None:
         self._call("forget_engine", replica_id)

@@ -213,9 +213,14 @@ class NodeStore:
 
     # -- events -------------------------------------------------------------------------------------
 
-    def report_engine(self, load: ReplicaLoad, blocks: DeviceBlocks | None) -> None:
-        """An engine tells its load and what changed in its pool."""
+    def report_engine(self, load: ReplicaLoad, blocks: DeviceBlocks | None) -> bool:
+        """An engine tells its load and what changed in its pool.
+
+        False if the engine was not known, after a restart or a long silence: changes alone then say too little,
+        and it must tell all that its pool holds.
+        """
         with self._changed:
+            was_known = load.replica_id in self._devices
             device = self._devices.setdefault(load.replica_id, _Device(load, self._clock()))
             device.load, device.seen_at = load, self._clock()
             if blocks is not None:
@@ -223,6 +228,7 @@ class NodeStore:
                 device.hashes.update(iter_hashes(blocks.added))
                 self._events.append(blocks)
             self._events.append(load)
+            return was_known
 
     def forget_engine(self, replica_id: str) -> None:
         """An engine has left."""

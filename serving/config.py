@@ -96,6 +96,12 @@ class HttpConfig(Section):
     )
     max_body_bytes: Bytes = Field(default=16 * MIB, gt=0, description="Largest request body")
 
+    @property
+    def url(self) -> str:
+        """Where clients on this machine reach the server."""
+        host = f"[{self.host}]" if ":" in self.host.strip("[]") and not self.host.startswith("[") else self.host
+        return f"http://{host}:{self.port}"
+
     @model_validator(mode="after")
     def _guard_open_address(self) -> Self:
         if not self.api_keys and not is_loopback(self.host):

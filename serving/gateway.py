@@ -150,8 +150,15 @@ class Gateway:
         answers: dict[str, Any] = {}
         for role, handle in (("decode", self._decode), ("prefill", self._prefill)):
             if handle is not None:
-                answers[role] = await handle.broadcast("stats").results_async(timeout_s=10.0)
+                answers[role] = await _broadcast_stats(handle)
         return answers
+
+
+async def _broadcast_stats(handle: Handle) -> Any:
+    try:
+        return await handle.broadcast("stats").results_async(timeout_s=10.0)
+    except (ray.exceptions.RayError, RayServeException, TimeoutError) as error:
+        return f"unavailable: {error}"
 
 
 def _store_stats(port: RayStorePort) -> Mapping[str, Any]:

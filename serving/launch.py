@@ -65,7 +65,7 @@ def model_type_of(directory: Path) -> str:
 
 
 def _announce(config: Config, model: str, terminal: Terminal, log_directory: str, seconds: float) -> None:
-    url = f"http://{config.http.host}:{config.http.port}"
+    url = config.http.url
     terminal.ready(f"ready after {seconds:.0f} s: {url}/v1 (ctrl-C to stop; logs in {log_directory})")
     terminal.hint(
         f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' "

@@ -26,7 +26,7 @@ def show_stats(config: Config, *, as_json: bool, out: TextIO) -> None:
     server = ask_server(config)
     folder = read_folder(directory)
     if folder is None and server is None:
-        raise FolderError(f"there is no warehouse in {directory}, and no server answers at {_url(config)}")
+        raise FolderError(f"there is no warehouse in {directory}, and no server answers at {config.http.url}")
     stats = {"folder": folder, "server": server}
     if as_json:
         json.dump(stats, out, indent=2)
@@ -37,9 +37,9 @@ def show_stats(config: Config, *, as_json: bool, out: TextIO) -> None:
         console.print(_table("on disk", folder))
     for store in (server or {}).get("stores", []):
         counters = store.pop("counters", {})
-        console.print(_table(f"node store of {_url(config)}", {**store, **counters}))
+        console.print(_table(f"node store of {config.http.url}", {**store, **counters}))
     if server is None:
-        console.print(f"no server answers at {_url(config)}")
+        console.print(f"no server answers at {config.http.url}")
 
 
 def read_folder(directory: Path) -> dict[str, Any] | None:
@@ -69,7 +69,7 @@ def read_folder(directory: Path) -> dict[str, Any] | None:
 
 def ask_server(config: Config) -> dict[str, Any] | None:
     """The server's own statistics, None if none answers."""
-    request = urllib.request.Request(f"{_url(config)}/warehouse/stats")
+    request = urllib.request.Request(f"{config.http.url}/warehouse/stats")
     if config.http.api_keys:
         request.add_header("Authorization", f"Bearer {config.http.api_keys[0]}")
     try:
@@ -78,11 +78,6 @@ def ask_server(config: Config) -> dict[str, Any] | None:
             return stats if isinstance(stats, dict) else None
     except (OSError, ValueError, http.client.HTTPException):  # URLError is an OSError
         return None
-
-
-def _url(config: Config) -> str:
-    host = f"[{config.http.host}]" if ":" in config.http.host else config.http.host
-    return f"http://{host}:{config.http.port}"
 
 
 def _table(title: str, values: dict[str, Any]) -> Table:

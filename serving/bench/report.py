@@ -4,6 +4,7 @@ A bench measures and does not judge: its exit status is 0 whatever the figures s
 be measured is there with no value and the reason.
 """
 
+import itertools
 import json
 import platform
 import statistics
@@ -134,4 +135,4 @@ def best_seconds(run: Callable[[], object], rounds: int) -> float:
 
 def differences(times: Sequence[float]) -> list[float]:
     """Gaps between consecutive points in time."""
-    return [b - a for a, b in zip(times, times[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(times)]

@@ -121,6 +121,7 @@ class Engine:
         self._thread.join()
         if self._loader is not None:
             self._loader.close()
+            self._loader.forget(self.config.replica_id)
 
     # -- called from any thread ---------------------------------------------------------------------
 

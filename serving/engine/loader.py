@@ -182,18 +182,24 @@ class Loader:
     # -- reporting ----------------------------------------------------------------------------------
 
     def report(self, load: ReplicaLoad, blocks: DeviceBlocks | None, on_done: Callable[[bool], object]) -> None:
-        """Tell the node store this engine's state; `on_done` is told whether it arrived."""
+        """Tell the node store this engine's state; `on_done` is told whether the store knew the engine before."""
         self._loads.submit(self._run_report, load, blocks, on_done).add_done_callback(_log_failure)
 
     def _run_report(self, load: ReplicaLoad, blocks: DeviceBlocks | None, on_done: Callable[[bool], object]) -> None:
-        has_arrived = False
+        was_known = False
         try:
-            self._client(None).port.report_engine(load, blocks)
-            has_arrived = True
+            was_known = self._client(None).port.report_engine(load, blocks)
         except StoreUnavailable:
             logger.debug("the node store could not be told the engine's state")
         finally:
-            on_done(has_arrived)
+            on_done(was_known)
+
+    def forget(self, replica_id: str) -> None:
+        """Tell the node store that this engine leaves, and wait until it knows."""
+        try:
+            self._client(None).port.forget_engine(replica_id)
+        except StoreUnavailable:
+            logger.debug("the node store could not be told that the engine leaves")
 
 
 def _log_failure(job: "Future[None]") -> None:

@@ -67,7 +67,11 @@ class Reporter:
         self._sent_at = -math.inf
 
     def report(self, *, is_idle: bool) -> None:
-        """Send a report if one is due. A lost one is made up for by sending all holdings with the next."""
+        """Send a report if one is due.
+
+        All holdings go with it after one that was lost or came to a store that did not know this engine, as a
+        new store does; so the very first goes twice.
+        """
         elapsed = self._clock() - self._sent_at
         if self._is_in_flight or elapsed < REPORT_INTERVAL_S:
             return
@@ -81,11 +85,11 @@ class Reporter:
         self._removed = (self._removed | changes.removed) - added
         blocks = DeviceBlocks(self._replica_id, pack_hashes(list(added)), pack_hashes(list(self._removed)))
         self._needs_all = False
-        self._loader.report(self._load(), blocks, lambda arrived: self._post(lambda: self._on_sent(arrived)))
+        self._loader.report(self._load(), blocks, lambda was_known: self._post(lambda: self._on_sent(was_known)))
 
-    def _on_sent(self, has_arrived: bool) -> None:
+    def _on_sent(self, was_known: bool) -> None:
         self._is_in_flight = False
-        if has_arrived:
+        if was_known:
             self._removed.clear()
         else:
             self._needs_all = True

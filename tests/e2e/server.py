@@ -115,14 +115,14 @@ class Server:
     def __init__(self, home: ServerHome, model: str, settings: Mapping[str, object] | None = None) -> None:
         self.home = home
         self.port = free_port()
-        self._model = model
+        self.model = model
         self._settings = {**SMALL, **(settings or {}), "ray.temp_dir": home.ray_directory}
         self._process: subprocess.Popen[bytes] | None = None
         self._num_cached_turns = 0
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=300.0, trust_env=False)
 
     def __repr__(self) -> str:
-        return f"<Server {self._model} on port {self.port} in {self.home.path}>"
+        return f"<Server {self.model} on port {self.port} in {self.home.path}>"
 
     # -- start and end ------------------------------------------------------------------------------
 
@@ -147,7 +147,7 @@ class Server:
     def command(self) -> list[str]:
         """The command line, beginning with the interpreter."""
         options = [f"--set={key}={value}" for key, value in self._settings.items()]
-        named = ["--model", self._model, "--port", str(self.port), "--warehouse", str(self.home.warehouse)]
+        named = ["--model", self.model, "--port", str(self.port), "--warehouse", str(self.home.warehouse)]
         return [sys.executable, "-m", "serving", "serve", *named, *options]
 
     @property
@@ -213,7 +213,7 @@ class Server:
 
     @property
     def model_name(self) -> str:
-        return Path(self._model).name
+        return Path(self.model).name
 
     def body(self, messages: Sequence[Message], max_tokens: int, *, use_cache: bool = True) -> dict[str, Any]:
         """A greedy request."""

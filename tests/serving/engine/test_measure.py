@@ -30,12 +30,12 @@ class LossyStore(NodeStore):
         super().__init__(store_config(), MemoryTier(), None)
         self.reports: list[DeviceBlocks] = []
 
-    def report_engine(self, load: ReplicaLoad, blocks: DeviceBlocks | None) -> None:
+    def report_engine(self, load: ReplicaLoad, blocks: DeviceBlocks | None) -> bool:
         if self.is_away:
             raise StoreUnavailable("away")
         assert blocks is not None
         self.reports.append(blocks)
-        super().report_engine(load, blocks)
+        return super().report_engine(load, blocks)
 
     def known(self) -> set[BlockHash]:
         """What it believes to be in the engine's pool."""
@@ -120,6 +120,7 @@ def test_reports_come_no_closer_than_the_interval() -> None:
 def test_an_idle_engine_reports_what_changed_and_else_seldom() -> None:
     with Bench() as b:
         b.report()
+        assert b.report_later(), "the store did not know the engine: all goes once more"
         b.now_s += REPORT_INTERVAL_S * 2
         assert not b.report(is_idle=True)
         hashes = b.cache_chain(list(range(8)))
@@ -201,3 +202,15 @@ def test_speed_keeps_decodes_and_prefills_apart() -> None:
     speed.note([chunk, decode], 1.0)
     assert speed.prefill_tokens_per_s == pytest.approx(128 * 0.8 + 64 * 0.2)
     assert speed.decode_step_s == 0.5
+
+
+def test_a_new_store_is_told_all_holdings() -> None:
+    with Bench() as b:
+        hashes = b.cache_chain(list(range(8)))
+        b.report_later()
+        b.report_later()
+        b.store.forget_engine("engine")  # as after a restart, of which the engine knows nothing
+        for _ in range(2):
+            b.now_s += IDLE_REPORT_INTERVAL_S
+            b.report(is_idle=True)
+        assert b.store.known() == set(hashes)
