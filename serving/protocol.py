@@ -18,6 +18,36 @@ class SamplingParams:
     seed: int = 0
     """Draws are a function of (seed, position), never of the batch. The gateway draws one if the client gave none."""
     stop: tuple[str, ...] = ()
+    top_k: int = 0
+    """Only the most likely tokens may be drawn; 0: all."""
+    min_p: float = 0.0
+    """Only tokens at least this likely, against the most likely one, may be drawn."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of every token that the answer has already."""
+    frequency_penalty: float = 0.0
+    """Subtracted once for each time that the answer has the token."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of every token of prompt and answer."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Added to the logits of these token ids."""
+    min_tokens: int = 0
+    """Before so many tokens the answer does not end by itself."""
+    ignore_eos: bool = False
+    """Go on to `max_tokens`; the end-of-sequence token is a token like others."""
+    stop_token_ids: tuple[int, ...] = ()
+    """More tokens that end the answer; they are not part of its text."""
+    num_logprobs: int | None = None
+    """Log-probabilities of each token and of this many most likely ones beside it; None: none at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How likely a token was, before temperature and filters but after penalties and bias."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """The most likely tokens at its place, `(token_id, logprob)`, best first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +65,10 @@ class GenerateRequest:
     decision: Decision
     use_cache: bool = True
     """False: nothing stored is looked up and nothing is kept; the handoff still works."""
+    num_choices: int = 1
+    """Answers to the one prompt, which is computed once. Choice i draws with `sampling.seed + i`."""
+    generated: tuple[tuple[int, ...], ...] = ()
+    """Tokens of each choice that a replica had sent before it failed: the answer goes on behind them."""
 
     @property
     def target(self) -> str | None:
@@ -79,6 +113,10 @@ class TokenBatch:
     finish_reason: str | None = None
     """`stop` or `length`; `error` if the engine failed, with the reason as `text`."""
     usage: Usage | None = None
+    choice: int = 0
+    """Which of the request's choices this belongs to."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One for each of `token_ids` if they were asked for."""
 
 
 @dataclass(frozen=True, slots=True)

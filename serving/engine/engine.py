@@ -91,6 +91,7 @@ class Engine:
             self._finish,
             config.remote_threshold_tokens,
         )
+        self._scheduler.offload = lambda sequence: self._transfers.offload(sequence, self._scheduler.requeue)
         self._reporter = (
             Reporter(config.replica_id, config.role, self._scheduler, self._speed, self._loader, self._post)
             if self._loader
@@ -188,6 +189,7 @@ class Engine:
         scheduler = self._scheduler
         return {
             **self.counters,
+            "preemptions": scheduler.num_preemptions,
             "num_waiting": len(scheduler.waiting),
             "num_admitted": len(scheduler.admitted),
             "num_used_blocks": scheduler.pool.num_used,

@@ -2,13 +2,15 @@
 
 Sequences are admitted in the order of arrival, as soon as the pool can hold their prompt. A step computes one
 token of every sequence that decodes and fills the rest of its token budget with chunks of prompts, oldest
-first. When a decoding sequence needs a block and none is left, the youngest sequence is preempted: it gives its
-blocks back, waits at the front, and is admitted again from whatever of it is still cached.
+first. When a decoding sequence needs a block and none is left, the youngest sequence is preempted: its blocks are
+offloaded to the warehouse where there is one, then given back; it waits at the front, and is admitted again from
+what the pool and the warehouse have of it.
 
 Never touches the model, a tensor or a clock. Belongs to the step loop.
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from serving.engine.block_pool import BlockPool, PoolMatch
@@ -28,6 +30,9 @@ class Scheduler:
 
     def __init__(self, pool: BlockPool, max_running: int, step_tokens: int) -> None:
         self.pool = pool
+        self.offload: Callable[[Sequence], bool] = lambda sequence: False
+        """Begins to store a preempted sequence's blocks and calls `requeue` at the end; False if it can't."""
+        self.num_preemptions = 0
         self._max_running = max_running
         self._step_tokens = step_tokens
         self.waiting: deque[Sequence] = deque()
@@ -70,7 +75,7 @@ class Scheduler:
         return sequence, match
 
     def _match(self, sequence: Sequence) -> PoolMatch:
-        if not sequence.request.use_cache:
+        if not sequence.uses_pool:
             return PoolMatch()
         return self.pool.match(sequence.request.root_hash, sequence.reusable_hashes, sequence.reusable_tokens)
 
@@ -117,12 +122,14 @@ class Scheduler:
         return [part for part in parts if part.sequence.status is Status.RUNNING]
 
     def _grow(self, sequence: Sequence) -> bool:
-        """Make sure that the next token has a slot; False if the sequence itself had to go."""
+        """Make sure that the next token has a slot; False if the sequence must wait for one, or had to go itself."""
         while len(sequence.block_table) * self.pool.block_size <= sequence.num_computed:
             block_ids = self.pool.allocate(1, sequence.block_table[-1])
             if block_ids is not None:
                 sequence.block_table += block_ids
                 continue
+            if any(s.status is Status.OFFLOADING for s in self.admitted):
+                return False
             # Blocks that a loader thread still reads can't be taken away.
             victim = next(s for s in reversed(self.admitted) if s.status is Status.RUNNING and s.is_idle)
             self.preempt(victim)
@@ -131,12 +138,19 @@ class Scheduler:
         return True
 
     def preempt(self, sequence: Sequence) -> None:
-        """Take a sequence's blocks away and let it wait at the front."""
+        """Take a sequence's blocks away, at once or when they are stored."""
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        sequence.status = Status.OFFLOADING
+        if not self.offload(sequence):
+            self.requeue(sequence)
+
+    def requeue(self, sequence: Sequence) -> None:
+        """Give a preempted sequence's blocks back and let it wait at the front."""
         self.admitted.remove(sequence)
         self.pool.release(sequence.block_table)
         sequence.block_table = []
         sequence.num_computed = sequence.num_registered_blocks = 0
-        sequence.num_preemptions += 1
         sequence.status = Status.WAITING
         self.waiting.appendleft(sequence)
 

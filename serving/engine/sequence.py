@@ -28,6 +28,8 @@ class Status(Enum):
     LOADING = "loading"
     """Has its blocks; stored KV, or a prefill replica's, is on its way into them."""
     RUNNING = "running"
+    OFFLOADING = "offloading"
+    """Preempted: its blocks are on their way into the warehouse, then they are given back."""
     FINISHED = "finished"
 
 
@@ -47,6 +49,10 @@ class EngineRequest:
     handoff_owner: str | None = None
     """Prefill: blocks are handed off to this owner as they are computed."""
     handoff_first_block: int = 0
+    num_choices: int = 1
+    """Answers wanted to this prompt; the others are requests of their own that find its blocks in the pool."""
+    generated: tuple[int, ...] = ()
+    """Output tokens that another engine has sent already; the answer goes on behind them."""
     reason: str = ""
     """The router's, passed through to the usage."""
 
@@ -110,6 +116,10 @@ class Sequence:
         self._tokens[: len(prompt)] = prompt
         self._num_tokens = len(prompt)
         self.block_hashes = list(self.request.block_hashes)
+        for token_id in self.request.generated:
+            self.append(token_id)
+            if self.detokenizer is not None:
+                self.detokenizer.push(token_id)  # its text has been sent, too
 
     def __repr__(self) -> str:
         return (
@@ -120,6 +130,14 @@ class Sequence:
     @property
     def request_id(self) -> str:
         return self.request.request_id
+
+    @property
+    def uses_pool(self) -> bool:
+        """Its blocks may be found in the pool: by anybody, or by its own other choices alone.
+
+        Without the cache a request's hashes have a root that nobody else has.
+        """
+        return self.request.use_cache or self.request.num_choices > 1
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -202,7 +202,7 @@ class Transfers:
 
     def register_full_blocks(self, sequence: Sequence) -> None:
         """Let other sequences find the blocks that have become full."""
-        if not sequence.request.use_cache:
+        if not sequence.uses_pool:
             return
         for index in range(sequence.num_registered_blocks, sequence.num_computed // self._block_size):
             self._pool.register(
@@ -219,11 +219,30 @@ class Transfers:
         if request.use_cache and request.handoff_owner is None and sequence.num_computed:
             self._register_tail(sequence)
             if self._loader is not None:
-                token_ids = sequence.token_ids[: sequence.num_computed].copy()
-                hashes = sequence.computed_hashes
-                offer = StoreOffer(request.root_hash, hashes, token_ids, self._block_size, self._shape, 0)
-                self._store(sequence, offer, self._on_committed)
+                self._store(sequence, self._whole_offer(sequence), self._on_committed)
         self.release_if_idle(sequence)
+
+    def _whole_offer(self, sequence: Sequence) -> StoreOffer:
+        """Everything of the sequence that has KV, the partial block at the end too."""
+        token_ids = sequence.token_ids[: sequence.num_computed].copy()
+        root_hash, hashes = sequence.request.root_hash, sequence.computed_hashes
+        return StoreOffer(root_hash, hashes, token_ids, self._block_size, self._shape, first_block=0)
+
+    def offload(self, sequence: Sequence, requeue: Callable[[Sequence], None]) -> bool:
+        """A preempted sequence: store its blocks, so that they come back rather than being computed again.
+
+        False if it has nothing that may be stored; then it goes back to waiting at once.
+        """
+        if self._loader is None or not sequence.request.use_cache:
+            return False
+
+        def on_stored(is_stored: bool) -> None:
+            if sequence.status is Status.OFFLOADING:
+                self._register_tail(sequence)
+                requeue(sequence)
+
+        self._store(sequence, self._whole_offer(sequence), on_stored)
+        return True
 
     def _on_committed(self, is_stored: bool) -> None:
         self._counters["committed_turns" if is_stored else "dropped_turns"] += 1

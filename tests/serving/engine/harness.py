@@ -85,6 +85,8 @@ class EngineUnderTest:
         use_cache: bool = True,
         listener: Listener | None = None,
         request_id: str | None = None,
+        num_choices: int = 1,
+        generated: tuple[int, ...] = (),
     ) -> Pending:
         self._count += 1
         pending = Pending()
@@ -97,6 +99,8 @@ class EngineUnderTest:
             tuple(chain_hashes(root, ids, block_size)),
             sampling,
             use_cache=use_cache,
+            num_choices=num_choices,
+            generated=generated,
         )
         self.engine.submit(request, listener or Listener(on_batch=pending.batches.put))
         return pending
