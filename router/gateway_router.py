@@ -55,6 +55,13 @@ class Router:
         with self._lock:
             return tuple(sorted(self._mirror.loads))
 
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """The fastest prefill that a replica has measured, or what is assumed until one has."""
+        with self._lock:
+            measured = [load.prefill_tokens_per_s for _, load in self._mirror.loads.values()]
+            return max(measured, default=0.0) or self._costs.prefill_tokens_per_s
+
     def position(self, node_id: str) -> tuple[str | None, int]:
         """See `Mirror.position`."""
         with self._lock:

@@ -11,7 +11,7 @@ output, and everything else goes to standard error.
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TextIO
 
@@ -25,8 +25,17 @@ _HELP = "/new: new conversation, /fork: second one from here, /save FILE: write 
 class Chat:
     """One run of the command."""
 
-    def __init__(self, client: Tokenloft, terminal: Terminal, out: TextIO, messages: list[Message]) -> None:
+    def __init__(
+        self,
+        client: Tokenloft,
+        terminal: Terminal,
+        out: TextIO,
+        messages: list[Message],
+        options: Mapping[str, object] | None = None,
+    ) -> None:
+        """`options` go into every request: `max_tokens`, `temperature`, ..."""
         self._client = client
+        self._options = dict(options or {})
         self._terminal = terminal
         self._out = out
         self._session = client.session(messages=messages)
@@ -48,7 +57,7 @@ class Chat:
 
     def _say(self, text: str) -> None:
         try:
-            for piece in self._session.stream(text):
+            for piece in self._session.stream(text, **self._options):
                 self._out.write(piece)
                 self._out.flush()
         except TokenloftError as error:

@@ -4,6 +4,7 @@ In one process and in turn: this engine, transformers' `generate` with the same 
 machine's roofline. Nothing is reused: every request's hashes have a root of their own.
 """
 
+import os
 import queue
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from cache.hashing import BlockHash, TokenIds, chain_hashes
 from serving.bench.report import Figure, Report, differences, interleaved
 from serving.bench.roofline import Roofline, prefill_flops
 from serving.engine.engine import Engine, EngineConfig
-from serving.engine.runner import ModelRunner
+from serving.engine.runner import ModelRunner, quiet_loading
 from serving.engine.sequence import EngineRequest, Listener
 from serving.protocol import SamplingParams, TokenBatch
 
@@ -38,6 +39,20 @@ class EngineBenchOptions:
     decode_tokens: int = 48
     rounds: int = 3
     chunk_tokens: int = 256
+
+    @classmethod
+    def of(cls, model_dir: Path, *, num_threads: int | None, is_quick: bool) -> "EngineBenchOptions":
+        """The full bench takes about ten minutes on two cores, the quick one about one."""
+        num_threads = num_threads or len(os.sched_getaffinity(0))
+        if is_quick:
+            return cls(model_dir, num_threads, (512,), (1, 4), decode_tokens=16, rounds=1)
+        return cls(model_dir, num_threads)
+
+
+def run_engine_bench(options: EngineBenchOptions, progress: Callable[[str], None]) -> Report:
+    """Load both sides and measure."""
+    progress("loading the engine and transformers")
+    return EngineBench(options, progress).run()
 
 
 class EngineBench:
@@ -61,9 +76,11 @@ class EngineBench:
             num_threads=options.num_threads,
         )
         self._engine = Engine(runner, config, tokenizer)
-        self._reference: Any = AutoModelForCausalLM.from_pretrained(
-            options.model_dir, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
-        ).eval()
+        with quiet_loading():
+            self._reference: Any = AutoModelForCausalLM.from_pretrained(
+                options.model_dir, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+            )
+        self._reference.eval()
         self._count = 0
 
     def run(self) -> Report:

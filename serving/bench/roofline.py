@@ -37,4 +37,4 @@ def prefill_flops(config: Any, num_parameters: int, num_tokens: int) -> float:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     pairs = num_tokens * (num_tokens + 1) / 2
     attention = 4 * config.num_attention_heads * head_dim * pairs * config.num_hidden_layers
-    return 2.0 * num_parameters * num_tokens + attention
+    return float(2 * num_parameters * num_tokens + attention)

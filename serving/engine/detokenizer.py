@@ -1,8 +1,9 @@
 """Turns the token ids of one answer into text, piece by piece.
 
 The pieces joined are the text of all tokens decoded at once, special tokens left out, up to the first stop
-string. Text is held back while it may still change (an incomplete character) or may be the start of a stop
-string. Each token costs two short decodes however long the answer is: only a small window is decoded.
+string that is complete when the answer may end. Text is held back while it may still change (an incomplete
+character) or may be the start of a stop string. Each token costs two short decodes however long the answer is:
+only a small window is decoded.
 
     ids     ... sent ...  [ context ][ fresh ]     context: sent already, decoded again because decoders treat
                           [       window     ]     the first token of a text differently (a stripped space)
@@ -33,8 +34,11 @@ class Tokenizer(Protocol):
 class IncrementalDetokenizer:
     """Text of one answer, as it grows."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), min_tokens: int = 0) -> None:
+        """A stop string that is complete before the answer has `min_tokens` tokens is text like other text."""
         self._tokenizer = tokenizer
+        self._min_tokens = min_tokens
+        self._num_tokens = 0
         self._special_ids = frozenset(tokenizer.all_special_ids)
         self._context: list[int] = []
         self._fresh: list[int] = []
@@ -50,6 +54,7 @@ class IncrementalDetokenizer:
 
         After a stop string nothing more comes out.
         """
+        self._num_tokens += 1
         # Special tokens are left out here, not by the decoder, so that one at the window's edge
         # can't make the next token look like the first of the text.
         if token_id in self._special_ids or self._stop.is_stopped:
@@ -65,12 +70,16 @@ class IncrementalDetokenizer:
             self._num_sent_chars = len(self._decode(self._context))
         elif is_broken:
             self._cut_window(text)
-        return self._stop.push(delta), self._stop.is_stopped
+        return self._stop.push(delta, may_stop=self._may_stop), self._stop.is_stopped
 
     def finish(self) -> str:
         """The text held back until now: call it once, after the last token."""
         rest = self._decode(self._context + self._fresh)[self._num_sent_chars :]
-        return self._stop.push(rest) + self._stop.finish()
+        return self._stop.push(rest, may_stop=self._may_stop) + self._stop.finish()
+
+    @property
+    def _may_stop(self) -> bool:
+        return self._num_tokens >= self._min_tokens
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -101,13 +110,16 @@ class StopMatcher:
         self._held = ""
         self.is_stopped = False
 
-    def push(self, text: str) -> str:
-        """The text that is now sure to be before any stop string."""
+    def push(self, text: str, *, may_stop: bool = True) -> str:
+        """The text that is now sure to be before any stop string.
+
+        With `may_stop` false no stop string is complete in this piece, but one may begin in it.
+        """
         if self.is_stopped:
             return ""
-        text = self._held + text
+        num_old, text = len(self._held), self._held + text
         self._held = ""
-        start = self._first_stop(text)
+        start = self._first_stop(text, num_old) if may_stop else None
         if start is not None:
             self.is_stopped = True
             return text[:start]
@@ -121,9 +133,10 @@ class StopMatcher:
         held, self._held = self._held, ""
         return held
 
-    def _first_stop(self, text: str) -> int | None:
-        """Where the first complete stop string starts."""
-        ends = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+    def _first_stop(self, text: str, num_old: int) -> int | None:
+        """Where the first stop string starts that is complete only behind the first `num_old` characters."""
+        starts = ((stop, text.find(stop, max(0, num_old + 1 - len(stop)))) for stop in self._stop)
+        ends = [(at + len(stop), at) for stop, at in starts if at >= 0]
         return min(ends)[1] if ends else None
 
     def _num_held(self, text: str) -> int:

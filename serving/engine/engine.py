@@ -22,9 +22,10 @@ from serving.engine.block_pool import BlockPool, PoolMatch
 from serving.engine.detokenizer import IncrementalDetokenizer, Tokenizer
 from serving.engine.kv_pool import KVPool
 from serving.engine.loader import ConnectStore, Loader
+from serving.engine.logits import LogitsRow, check_params, ends_answer
 from serving.engine.measure import REPORT_INTERVAL_S, Reporter, Speed
 from serving.engine.runner import ModelRunner
-from serving.engine.sampler import sample
+from serving.engine.sampler import Sampled, sample
 from serving.engine.scheduler import ScheduledPart, Scheduler
 from serving.engine.sequence import EngineRequest, Listener, Sequence, Status
 from serving.engine.step_batch import SequencePart, build_step_batch
@@ -128,7 +129,7 @@ class Engine:
 
     def submit(self, request: EngineRequest, listener: Listener) -> None:
         """Queue a request. Raises RequestTooLong if it can never fit, EngineStopped if the step loop has ended."""
-        check_request(request, self.config.block_size)
+        check_request(request, self.config.block_size, self._runner.vocab_size)
         max_new = request.sampling.max_tokens if request.sampling else 0
         num_tokens = len(request.token_ids) + max_new
         if num_tokens > self.max_request_tokens:
@@ -139,7 +140,8 @@ class Engine:
         if request.sampling is not None:
             if self._tokenizer is None:
                 raise ValueError("this engine has no tokenizer and can't sample")
-            detokenizer = IncrementalDetokenizer(self._tokenizer, request.sampling.stop)
+            params = request.sampling
+            detokenizer = IncrementalDetokenizer(self._tokenizer, params.stop, params.min_tokens)
         listener = self._guarded(request.request_id, listener)
         sequence = Sequence(request, listener, self.config.block_size, time.perf_counter(), detokenizer)
         if not self._post(lambda: self._add(sequence)):
@@ -265,7 +267,8 @@ class Engine:
 
     def _fail_all(self, reason: str) -> None:
         for sequence in list(self._sequences.values()):
-            self._fail(sequence, reason)
+            self._finish(sequence)
+            _tell_failed(sequence, reason, "lost")
 
     def _wait(self) -> None:
         with self._wake:
@@ -300,7 +303,7 @@ class Engine:
     def _step(self, parts: list[ScheduledPart]) -> None:
         started = time.perf_counter()
         try:
-            token_ids = self._forward(parts)
+            sampled = self._forward(parts)
         except Exception as error:  # whatever the model raises must not end the loop
             logger.exception("a step failed")
             for part in parts:
@@ -308,19 +311,19 @@ class Engine:
             return
         self._speed.note(parts, time.perf_counter() - started)
         self.counters["steps"] += 1
-        for part, token_id in zip(parts, token_ids, strict=True):
-            self._advance(part, token_id)
+        for part, next_token in zip(parts, sampled, strict=True):
+            self._advance(part, next_token)
 
-    def _forward(self, parts: list[ScheduledPart]) -> list[int | None]:
+    def _forward(self, parts: list[ScheduledPart]) -> list[Sampled | None]:
         """Compute the parts; the next token of each whose last token was computed, None for the others."""
         batch = build_step_batch(self._kv, [_sequence_part(part) for part in parts])
         logits = self._runner.forward(batch)
-        sequences = [part.sequence for part in parts if _wants_token(part)]
-        params = [s.request.sampling for s in sequences if s.request.sampling is not None]
-        tokens = iter(sample(logits, params, [s.num_tokens for s in sequences]) if sequences else ())
+        eos_token_ids = self._runner.eos_token_ids
+        rows = [_logits_row(part.sequence, eos_token_ids) for part in parts if _wants_token(part)]
+        tokens = iter(sample(logits, rows) if rows else ())
         return [next(tokens) if _wants_token(part) else None for part in parts]
 
-    def _advance(self, part: ScheduledPart, token_id: int | None) -> None:
+    def _advance(self, part: ScheduledPart, sampled: Sampled | None) -> None:
         sequence = part.sequence
         num_prompt = max(0, min(part.num_tokens, sequence.num_prompt_tokens - sequence.num_computed))
         sequence.num_computed += part.num_tokens
@@ -329,26 +332,28 @@ class Engine:
         self.counters["computed_prompt_tokens"] += num_prompt
         self._transfers.register_full_blocks(sequence)
         self._transfers.hand_off(sequence)
-        if token_id is not None:
-            self._emit(sequence, token_id)
+        if sampled is not None:
+            self._emit(sequence, sampled)
 
-    def _emit(self, sequence: Sequence, token_id: int) -> None:
+    def _emit(self, sequence: Sequence, sampled: Sampled) -> None:
+        params, token_id = sequence.request.sampling, sampled.token_id
         assert sequence.detokenizer is not None
-        assert sequence.request.sampling is not None
+        assert params is not None
         sequence.append(token_id)
         if sequence.first_token_at is None:
             sequence.first_token_at = time.perf_counter()
         self.counters["generated_tokens"] += 1
-        text, is_stopped = "", token_id in self._runner.eos_token_ids
+        text, is_stopped = "", ends_answer(token_id, params, self._runner.eos_token_ids)
         if not is_stopped:
             text, is_stopped = sequence.detokenizer.push(token_id)
-        if not is_stopped and sequence.num_output_tokens < sequence.request.sampling.max_tokens:
-            sequence.listener.on_batch(TokenBatch((token_id,), text))
+        logprobs = (sampled.logprob,) if sampled.logprob is not None else ()
+        if not is_stopped and sequence.num_output_tokens < params.max_tokens:
+            sequence.listener.on_batch(TokenBatch((token_id,), text, logprobs=logprobs))
             return
         text += sequence.detokenizer.finish()
         self._finish(sequence)
         reason = "stop" if is_stopped else "length"
-        sequence.listener.on_batch(TokenBatch((token_id,), text, reason, sequence.usage()))
+        sequence.listener.on_batch(TokenBatch((token_id,), text, reason, sequence.usage(), logprobs=logprobs))
 
     # -- the end of a sequence ----------------------------------------------------------------------
 
@@ -374,18 +379,19 @@ class Engine:
         _tell_failed(sequence, reason)
 
 
-def _tell_failed(sequence: Sequence, reason: str) -> None:
-    sequence.listener.on_batch(TokenBatch((), reason, "error", sequence.usage()))
+def _tell_failed(sequence: Sequence, reason: str, finish_reason: str = "error") -> None:
+    sequence.listener.on_batch(TokenBatch((), reason, finish_reason, sequence.usage()))
     sequence.listener.on_progress(0, sequence.num_prompt_computed, True)
 
 
-def check_request(request: EngineRequest, block_size: int) -> None:
+def check_request(request: EngineRequest, block_size: int, vocab_size: int) -> None:
     """Raise ValueError for a request that could never be finished."""
     if not len(request.token_ids):
         raise ValueError(f"request {request.request_id} has no tokens")
+    if request.token_ids.min() < 0 or request.token_ids.max() >= vocab_size:
+        raise ValueError(f"request {request.request_id} has token ids that are not from 0 to {vocab_size - 1}")
     if request.sampling is not None:
-        if request.sampling.max_tokens < 1:
-            raise ValueError(f"request {request.request_id} has max_tokens={request.sampling.max_tokens}, less than 1")
+        check_params(request.sampling, vocab_size)
     elif request.handoff_owner is None:
         raise ValueError(f"request {request.request_id} neither samples nor hands off")
     elif len(request.token_ids) % block_size or len(request.token_ids) <= request.handoff_first_block * block_size:
@@ -395,6 +401,11 @@ def check_request(request: EngineRequest, block_size: int) -> None:
 def _wants_token(part: ScheduledPart) -> bool:
     """Whether the step computes the sequence's last known token, so that the next one can be sampled."""
     return part.sequence.request.sampling is not None and part.num_tokens == part.sequence.num_uncomputed
+
+
+def _logits_row(sequence: Sequence, eos_token_ids: frozenset[int]) -> LogitsRow:
+    assert sequence.request.sampling is not None
+    return LogitsRow(sequence.request.sampling, sequence.token_ids, sequence.num_prompt_tokens, eos_token_ids)
 
 
 def _sequence_part(part: ScheduledPart) -> SequencePart:

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from serving.protocol import TokenBatch, Usage
+from serving.protocol import TokenBatch, TokenLogprob, Usage
 from serving.token_stream import TokenStream, merge
 
 LAST = TokenBatch((), "", "stop", Usage(1, 1))
@@ -22,8 +22,31 @@ async def collect(stream: TokenStream) -> list[TokenBatch]:
 def test_merging_keeps_order_and_the_last_word() -> None:
     usage = Usage(3, 2)
     merged = merge([batch(1), TokenBatch((2, 3), ""), TokenBatch((4,), "end", "length", usage)])
-    assert merged == TokenBatch((1, 2, 3, 4), "1 end", "length", usage)
-    assert merge([batch(7)]) == batch(7)
+    assert merged == [TokenBatch((1, 2, 3, 4), "1 end", "length", usage)]
+    assert merge([batch(7)]) == [batch(7)]
+
+
+def test_merging_keeps_log_probabilities_beside_their_tokens() -> None:
+    first, second, third = (TokenLogprob(token_id, -float(token_id), ((0, -0.5),)) for token_id in (1, 2, 3))
+    (merged,) = merge(
+        [TokenBatch((1,), "a", logprobs=(first,)), TokenBatch((2, 3), "b", "stop", logprobs=(second, third))]
+    )
+    assert merged == TokenBatch((1, 2, 3), "ab", "stop", logprobs=(first, second, third))
+
+
+def test_merging_keeps_choices_apart_and_the_very_last_batch_last() -> None:
+    batches = [
+        TokenBatch((1,), "a", choice=0),
+        TokenBatch((2,), "b", choice=1),
+        TokenBatch((3,), "c", "stop", choice=0),
+        TokenBatch((4,), "d", choice=2),
+        TokenBatch((5,), "e", "length", choice=1),
+    ]
+    assert merge(batches) == [
+        TokenBatch((1, 3), "ac", "stop", choice=0),
+        TokenBatch((4,), "d", choice=2),
+        TokenBatch((2, 5), "be", "length", choice=1),
+    ]
 
 
 def test_the_first_batch_comes_at_once_and_what_piles_up_comes_together() -> None:
@@ -54,6 +77,33 @@ def test_all_may_be_there_before_anybody_reads() -> None:
         return await collect(stream)
 
     assert asyncio.run(scenario()) == [TokenBatch((1,), "1 ", "stop", LAST.usage)]
+
+
+def test_a_stream_ends_when_every_choice_has() -> None:
+    async def scenario() -> list[TokenBatch]:
+        stream = TokenStream(0.0, num_choices=3)
+        for choice in (1, 0, 2):
+            stream.push(TokenBatch((choice,), "", choice=choice))
+            await asyncio.sleep(0)
+            stream.push(TokenBatch((7,), "", "stop", choice=choice))
+        return await asyncio.wait_for(collect(stream), 10)
+
+    received = asyncio.run(scenario())
+    ends = [each.choice for each in received if each.finish_reason]
+    assert ends == [1, 0, 2]
+    for choice in range(3):
+        assert [t for each in received if each.choice == choice for t in each.token_ids] == [choice, 7]
+
+
+@pytest.mark.parametrize("reason", ["error", "lost"])
+def test_a_failure_ends_the_stream_of_all_choices(reason: str) -> None:
+    async def scenario() -> list[TokenBatch]:
+        stream = TokenStream(0.0, num_choices=2)
+        stream.push(batch(1))
+        stream.push(TokenBatch((), "it failed", reason, choice=1))
+        return await asyncio.wait_for(collect(stream), 10)
+
+    assert [each.finish_reason for each in asyncio.run(scenario())] == [None, reason]
 
 
 @pytest.mark.parametrize("interval_s", [0.0, 0.001])

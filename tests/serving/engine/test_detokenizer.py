@@ -174,3 +174,50 @@ def test_nothing_comes_after_a_stop_string() -> None:
 @pytest.mark.parametrize("stop", [(), ("",)])
 def test_no_stop_string_holds_nothing_back(stop: tuple[str, ...]) -> None:
     assert StopMatcher(stop).push("text") == "text"
+
+
+def ends_at(pieces: list[str], stop: tuple[str, ...], min_pieces: int) -> tuple[str, bool]:
+    """The definition: a stop string counts if its last character is in piece number `min_pieces` or a later one."""
+    text = "".join(pieces)
+    num_before = len("".join(pieces[: max(0, min_pieces - 1)]))
+    for end in range(num_before + 1, len(text) + 1):
+        ending = [s for s in stop if text[:end].endswith(s)]
+        if ending:
+            return text[: end - max(map(len, ending))], True
+    return text, False
+
+
+@given(
+    pieces=st.lists(st.text(alphabet="abc", max_size=4), max_size=8),
+    stop=st.lists(st.text(alphabet="abc", min_size=1, max_size=4), max_size=3).map(tuple),
+    min_pieces=st.integers(0, 9),
+)
+@example(pieces=["a", "b", "x"], stop=("b", "abc"), min_pieces=3)
+@example(pieces=["aa", "a"], stop=("aa",), min_pieces=2)
+def test_stop_strings_that_are_complete_too_early_are_text(
+    pieces: list[str], stop: tuple[str, ...], min_pieces: int
+) -> None:
+    matcher = StopMatcher(stop)
+    out = "".join([matcher.push(piece, may_stop=at >= min_pieces) for at, piece in enumerate(pieces, 1)])
+    is_stopped = matcher.is_stopped
+    out += matcher.finish()
+    assert (out, is_stopped) == ends_at(pieces, stop, min_pieces)
+
+
+@given(text=st.text(alphabet="ab ", max_size=25), min_tokens=st.integers(0, 30))
+@example(text="abab", min_tokens=2)
+def test_an_answer_does_not_stop_before_min_tokens(text: str, min_tokens: int) -> None:
+    token_ids, stop = TOKENIZER.encode(text), ("ab", " b")
+    detokenizer = IncrementalDetokenizer(TOKENIZER, stop, min_tokens)
+    pushed = [detokenizer.push(token_id) for token_id in token_ids]
+    expected, is_stopped = ends_at([decode([token_id]) for token_id in token_ids], stop, min_tokens)
+    assert any(stopped for _, stopped in pushed) is is_stopped
+    assert "".join(delta for delta, _ in pushed) + detokenizer.finish() == expected
+
+
+def test_special_tokens_count_for_min_tokens() -> None:
+    cat = TOKENIZER.encode("the cat")
+    for num_special, is_stopped in ((0, False), (3, True)):
+        detokenizer = IncrementalDetokenizer(TOKENIZER, ("cat",), min_tokens=len(cat) + 3)
+        pushed = [detokenizer.push(token_id) for token_id in [1] * num_special + cat]
+        assert pushed[-1][1] is is_stopped

@@ -332,7 +332,7 @@ def test_stopping_answers_everybody_and_refuses_newcomers(tiny_model_dir: Path) 
     engine.stop()
     for request in (running_request, waiting_request):
         answer = request.wait()
-        assert (answer.finish_reason, answer.text[-28:]) == ("error", "the engine is shutting down")
+        assert (answer.finish_reason, answer.text[-28:]) == ("lost", "the engine is shutting down")
     with pytest.raises(EngineStopped):
         under_test.greedy(prompt_of(3), 1)
     with pytest.raises(EngineStopped):
@@ -351,7 +351,7 @@ def test_a_fault_in_the_step_loop_ends_the_engine_and_answers_everybody(tiny_mod
         raise KeyError("a fault of ours")
 
     engine._on_sequence("victim", lose_blocks)
-    assert request.wait().finish_reason == "error"
+    assert request.wait().finish_reason == "lost"
     with pytest.raises(EngineStopped):
         engine.check_alive()
     engine.stop()

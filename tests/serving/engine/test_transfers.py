@@ -158,7 +158,7 @@ def test_stop_while_loads_and_stores_are_in_flight_answers_everybody(tiny_model_
         store.loads.wait_for_caller()
         stopper = threading.Thread(target=engine.stop)
         stopper.start()
-        assert loading.wait().finish_reason == "error"
+        assert loading.wait().finish_reason == "lost"
         store.loads.open()
         store.stores.open()
         stopper.join(TIMEOUT_S)
