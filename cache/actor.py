@@ -146,7 +146,6 @@ def start_node_store(node_id: str, options: NodeStoreOptions) -> Any:
         .options(
             name=actor_name(node_id),
             namespace=NAMESPACE,
-            lifetime="detached",
             get_if_exists=True,
             max_restarts=-1,
             num_cpus=0,

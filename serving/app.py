@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,17 +18,19 @@ from cache.ledger import Budgets as StoreBudgets
 from cache.messages import StoreStats
 from cache.node_store import NodeStoreConfig
 from router.policy import PolicyConfig
-from serving.config import Budgets, Config, warehouse_directory
-from serving.decode import DecodeReplica, HandoffTimeouts
+from serving.config import OBJECT_STORE_FILL, Budgets, Config, warehouse_directory
+from serving.decode import DecodeReplica
 from serving.errors import LaunchError
 from serving.gateway import Gateway, GatewayOptions
-from serving.http_app import HttpSettings, hash_api_key
+from serving.handoff import HandoffTimeouts
+from serving.http_settings import HttpSettings, hash_api_key
 from serving.model_files import ModelFiles
 from serving.prefill import PrefillReplica
 from serving.replica import EngineOptions
 
 APP_NAME = "tokenloft"
-MAX_GATEWAY_REQUESTS = 1024
+SPARE_GATEWAY_REQUESTS = 256
+"""What the gateway takes beyond `http.max_requests`: health, metrics, and those that it refuses itself."""
 STOP_TIMEOUT_S = 20.0
 
 _TARGET_ROUTER: Any = "router.serve_adapter.TargetRouter"
@@ -62,7 +64,7 @@ def build_application(plan: Plan) -> Any:
     gateway: Any = serve.deployment(
         Gateway,
         name="gateway",
-        max_ongoing_requests=MAX_GATEWAY_REQUESTS,
+        max_ongoing_requests=config.http.max_requests + SPARE_GATEWAY_REQUESTS,
         ray_actor_options={"num_cpus": 0},
         logging_config=_LOGGING,
     )
@@ -79,6 +81,7 @@ def _deployment(replica_class: type, name: str, num_replicas: int, max_ongoing_r
         ray_actor_options={"num_cpus": 0},
         request_router_config=RequestRouterConfig(request_router_class=_TARGET_ROUTER),
         graceful_shutdown_timeout_s=STOP_TIMEOUT_S,
+        graceful_shutdown_wait_loop_s=0.5,
         max_constructor_retry_count=1,
         logging_config=_LOGGING,
     )
@@ -114,6 +117,7 @@ def gateway_options(plan: Plan) -> GatewayOptions:
         cache_enabled=config.cache.enabled,
         http=HttpSettings(
             max_body_bytes=config.http.max_body_bytes,
+            max_requests=config.http.max_requests,
             api_key_hashes=frozenset(hash_api_key(key) for key in config.http.api_keys),
         ),
         policy=PolicyConfig(
@@ -140,18 +144,26 @@ def node_store_options(config: Config, budgets: Budgets) -> NodeStoreOptions:
     )
 
 
+def fit_object_store(budgets: Budgets, object_store_bytes: float) -> Budgets:
+    """The budgets with a dram tier that fits the object store of a node, which a Ray that was joined has sized."""
+    room = int(object_store_bytes * OBJECT_STORE_FILL) - budgets.handoff_bytes
+    return replace(budgets, dram_bytes=max(0, min(budgets.dram_bytes, room)))
+
+
 @contextmanager
 def node_stores(config: Config, budgets: Budgets) -> Iterator[dict[str, StoreStats]]:
     """Node stores on all nodes that are alive, by node id; written out and ended when the block ends.
 
-    Raises FolderError if a folder can't be used.
+    They belong to this process, so that they end with it however it ends. Raises FolderError if a folder can't be
+    used.
     """
-    options = node_store_options(config, budgets)
     handles: list[Any] = []
     nodes: Any = ray.nodes()  # type: ignore[no-untyped-call]
     try:
-        for node_id in sorted(node["NodeID"] for node in nodes if node["Alive"]):
-            handles.append(start_node_store(node_id, options))
+        for node in nodes:
+            if node["Alive"]:
+                fitted = fit_object_store(budgets, node["Resources"].get("object_store_memory", 0.0))
+                handles.append(start_node_store(node["NodeID"], node_store_options(config, fitted)))
         stats = [ray.get(handle.stats.remote()) for handle in handles]
         yield {each.node_id: each for each in stats}
     finally:
@@ -160,8 +172,8 @@ def node_stores(config: Config, budgets: Budgets) -> Iterator[dict[str, StoreSta
 
 
 @contextmanager
-def running(plan: Plan) -> Iterator[None]:
-    """The application, up and answering while the block runs."""
+def running(plan: Plan, *, is_private: bool) -> Iterator[None]:
+    """The application, up and answering while the block runs. On a Ray of its own Serve goes with it."""
     http = plan.config.http
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(
@@ -169,12 +181,28 @@ def running(plan: Plan) -> Iterator[None]:
         http_options={"host": http.host, "port": http.port, "request_timeout_s": None},
         logging_config=_LOGGING,
     )
+    _check_address(plan)
     try:
         _deploy(plan)
         yield
     finally:
         with _silence():
-            serve.shutdown()  # type: ignore[no-untyped-call]
+            # At once, before anything waits: who stops a Ray job gives it three seconds.
+            serve.delete(APP_NAME, _blocking=False)
+            if is_private:
+                serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def _check_address(plan: Plan) -> None:
+    """On a Ray where Serve runs already, it listens where it listens, whatever it was asked."""
+    client: Any = serve.context._get_global_client()
+    actual = client.http_config
+    http = plan.config.http
+    if (actual.host, actual.port) != (http.host, http.port):
+        raise LaunchError(
+            f"Serve runs on this Ray already and listens on {actual.host} port {actual.port}, not on {http.host} port "
+            f"{http.port}: give it that address with --host and --port, or end it with `serve shutdown`"
+        )
 
 
 def _deploy(plan: Plan) -> None:

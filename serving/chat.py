@@ -7,13 +7,13 @@ Never imports FastAPI or pydantic; transformers is imported when a tokenizer is 
 """
 
 import json
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from cache.hashing import TokenIds, as_token_ids
+from serving.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,8 +44,16 @@ class ChatMessage:
 class ChatTemplate:
     """A model's tokenizer and chat template. May be called from several threads."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", eos_token_ids: frozenset[int] = frozenset()) -> None:
-        """`eos_token_ids`: further ids that end an answer, beside the tokenizer's own."""
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        eos_token_ids: frozenset[int] = frozenset(),
+        num_embeddings: int | None = None,
+    ) -> None:
+        """`eos_token_ids`: further ids that end an answer, beside the tokenizer's own.
+
+        `num_embeddings`: rows of the model's embedding table, where they are known.
+        """
         if not tokenizer.chat_template:
             raise NoChatTemplate(
                 f"the model at '{tokenizer.name_or_path}' has no chat template "
@@ -53,8 +61,7 @@ class ChatTemplate:
             )
         self._tokenizer = tokenizer
         self._extra_eos_token_ids = eos_token_ids
-        # Fast tokenizers keep padding and truncation as mutable state and raise when two threads meet there.
-        self._lock = threading.Lock()
+        self.vocabulary = Vocabulary(tokenizer, num_embeddings)
 
     @classmethod
     def load(cls, folder: Path) -> "ChatTemplate":
@@ -65,7 +72,7 @@ class ChatTemplate:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        return cls(tokenizer, _generation_eos_ids(folder))
+        return cls(tokenizer, _generation_eos_ids(folder), _num_embeddings(folder))
 
     @property
     def vocab_size(self) -> int:
@@ -87,7 +94,7 @@ class ChatTemplate:
 
         conversation = [message.as_template_input() for message in messages]
         try:
-            with self._lock:
+            with self.vocabulary.lock:
                 token_ids = self._tokenizer.apply_chat_template(
                     conversation, tokenize=True, add_generation_prompt=True, return_dict=False
                 )
@@ -106,3 +113,12 @@ def _generation_eos_ids(folder: Path) -> frozenset[int]:
         return frozenset()
     eos: Any = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
     return frozenset([eos] if isinstance(eos, int) else eos or ())
+
+
+def _num_embeddings(folder: Path) -> int | None:
+    """Rows of the model's embedding table by `config.json`, None where it does not say."""
+    path = folder / "config.json"
+    if not path.exists():
+        return None
+    size: Any = json.loads(path.read_text(encoding="utf-8")).get("vocab_size")
+    return size if isinstance(size, int) else None

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import CacheError
+from serving.chat_command import Chat, load_messages, typed_lines
 from serving.config import Config, ConfigError, load_config
 from serving.engine.families import UnsupportedModelError
 from serving.errors import LaunchError
 from serving.launch import serve
 from serving.model_files import ModelError
+from serving.model_store import ALIAS, prepare_model
 from serving.ray_session import RaySetupError
+from serving.sdk import Tokenloft, TokenloftError
 from serving.terminal import Terminal
 from serving.warehouse_command import show_stats
 
@@ -24,8 +27,14 @@ _EXAMPLES = """examples:
   tokenloft serve
   tokenloft serve --model ~/models/Qwen3-0.6B --port 8080
   tokenloft serve --config configs/local.yaml --set decode.replicas=2 --set cache.disk_bytes=20GiB
+  tokenloft chat
   tokenloft warehouse stats --json
+  tokenloft bench engine --quick
 """
+
+
+EXPECTED = (CacheError, ConfigError, LaunchError, ModelError, RaySetupError, TokenloftError, UnsupportedModelError)
+"""Errors whose message is all that a person needs."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run: Any = parsed.run
         run(parsed, terminal)
-    except (CacheError, ConfigError, LaunchError, ModelError, RaySetupError, UnsupportedModelError) as error:
+    except EXPECTED as error:
         terminal.error(str(error))
         return 1
     except KeyboardInterrupt:
@@ -53,6 +62,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_serve(commands)
+    _add_chat(commands)
+    _add_bench(commands)
     warehouse = commands.add_parser("warehouse", help="look at the warehouse of KV blocks")
     actions = warehouse.add_subparsers(required=True, metavar="ACTION")
     stats = actions.add_parser("stats", help="what it holds, from the folder and from a running server")
@@ -76,6 +87,37 @@ def _add_serve(commands: Any) -> None:
     command.set_defaults(run=_serve)
 
 
+def _add_chat(commands: Any) -> None:
+    command = commands.add_parser(
+        "chat",
+        help="talk to a server, and see what each answer reused",
+        description="A conversation in the terminal. /help lists its commands; in a pipe, each line is a message.",
+    )
+    command.add_argument("--url", default="http://127.0.0.1:8000", help="the server (default %(default)s)")
+    command.add_argument("--api-key", help="if the server asks for one")
+    command.add_argument("--load", metavar="FILE", type=Path, help="go on from what /save wrote")
+    command.add_argument(
+        "--max-tokens", metavar="N", type=int, help="longest answer (default: what the context leaves)"
+    )
+    command.add_argument("--temperature", metavar="T", type=float, help="0 is greedy (default 1)")
+    command.set_defaults(run=_chat)
+
+
+def _add_bench(commands: Any) -> None:
+    bench = commands.add_parser("bench", help="measure the paths that the server runs")
+    names = bench.add_subparsers(required=True, metavar="NAME")
+    engine = names.add_parser(
+        "engine",
+        help="prefill and decode, beside transformers and the roofline",
+        description="Prefill and decode through the engine, interleaved with transformers' generate, in one run.",
+    )
+    engine.add_argument("--quick", action="store_true", help="one round, shorter prompts")
+    engine.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    engine.add_argument("--model", metavar="M", default=ALIAS, help="as for serve (default %(default)s)")
+    engine.add_argument("--threads", metavar="N", type=int, help="of both sides (default: all cores)")
+    engine.set_defaults(run=_bench_engine)
+
+
 def _add_config_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--config", metavar="FILE", type=Path, help="config file in YAML")
     command.add_argument("--warehouse", metavar="DIR", help="folder of the warehouse's disk tier")
@@ -96,6 +138,23 @@ def config_of(parsed: argparse.Namespace) -> Config:
 
 def _serve(parsed: argparse.Namespace, terminal: Terminal) -> None:
     serve(config_of(parsed), terminal)
+
+
+def _chat(parsed: argparse.Namespace, terminal: Terminal) -> None:
+    messages = load_messages(parsed.load)
+    with Tokenloft(parsed.url, api_key=parsed.api_key) as client:
+        terminal.hint(f"{client.model} at {parsed.url}; /help lists the commands")
+        given = {"max_tokens": parsed.max_tokens, "temperature": parsed.temperature}
+        options = {name: value for name, value in given.items() if value is not None}
+        Chat(client, terminal, sys.stdout, messages, options).run(typed_lines(terminal))
+
+
+def _bench_engine(parsed: argparse.Namespace, terminal: Terminal) -> None:
+    model = prepare_model(parsed.model, terminal)
+    from serving.bench.engine import EngineBenchOptions, run_engine_bench  # torch: seconds that other commands save
+
+    options = EngineBenchOptions.of(model.directory, num_threads=parsed.threads, is_quick=parsed.quick)
+    run_engine_bench(options, terminal.step).write(sys.stdout, as_json=parsed.json)
 
 
 def _warehouse_stats(parsed: argparse.Namespace, terminal: Terminal) -> None:

@@ -1,25 +1,35 @@
-"""From a backend's token batches to OpenAI's answer, whole or as a stream of chunks.
+"""From a backend's token batches to OpenAI's chat answer, whole or as a stream of chunks.
 
 Both ways close the batches' generator when they end, for whatever reason. Never looks at the request.
 """
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from serving.http_edge import sse_event
-from serving.openai_schema import (
+from serving.chat_schema import (
     AnswerMessage,
     ChatCompletion,
     ChatCompletionChunk,
     Choice,
+    ChoiceLogprobs,
+    ChosenLogprob,
     ChunkChoice,
-    CompletionUsage,
     Delta,
+    TopLogprob,
 )
-from serving.protocol import TokenBatch
+from serving.choices import ChoiceLedger, GatheredChoice, gather_choices
+from serving.http_edge import sse_event
+from serving.openai_schema import CompletionUsage
+from serving.protocol import TokenBatch, TokenLogprob
+from serving.vocabulary import TokenPiece
 
 DONE = sse_event(b"[DONE]")
+
+LOWEST_LOGPROB = -9999.0
+"""What OpenAI writes for a token that is as good as impossible: JSON has no infinity."""
+
+PieceOf = Callable[[int], TokenPiece]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,52 +39,73 @@ class Completion:
     id: str
     created: int
     model: str
+    piece_of: PieceOf
+    num_choices: int = 1
+    with_logprobs: bool = False
 
     async def collect(self, batches: AsyncGenerator[TokenBatch, None]) -> ChatCompletion:
-        """The whole answer at once. Raises RuntimeError if the batches end without an end."""
-        texts: list[str] = []
-        finish_reason, usage = None, None
-        async with aclosing(batches):
-            async for batch in batches:
-                texts.append(batch.text)
-                finish_reason, usage = batch.finish_reason, batch.usage
-        if finish_reason is None or usage is None:
-            raise _cut_short(self.id)
-        message = AnswerMessage(role="assistant", content="".join(texts), refusal=None)
+        """The whole answer at once. Raises AnswerCutShort if the batches end without an end."""
+        choices, usage = await gather_choices(batches, self.num_choices)
         return ChatCompletion(
             id=self.id,
             object="chat.completion",
             created=self.created,
             model=self.model,
-            choices=[Choice(index=0, message=message, logprobs=None, finish_reason=finish_reason)],
+            choices=[self._choice(index, choice) for index, choice in enumerate(choices)],
             usage=CompletionUsage.of(usage),
         )
 
     async def events(
         self, batches: AsyncGenerator[TokenBatch, None], include_usage: bool
     ) -> AsyncGenerator[bytes, None]:
-        """The answer as server-sent events: role, text as it comes, finish reason, usage if asked for, done.
+        """The answer as server-sent events.
 
-        The first event waits for the first batch. Raises RuntimeError if the batches end without an end.
+        Of each choice: role, text as it comes, finish reason. Then the usage if asked for, and the end. The first
+        event waits for the first batch. Raises AnswerCutShort if the batches end without an end.
         """
-        finish_reason, usage, is_started = None, None, False
+        ledger = ChoiceLedger(self.num_choices)
         async with aclosing(batches):
             async for batch in batches:
-                if not is_started:
-                    yield self._chunk(Delta(role="assistant", content="", refusal=None), None, include_usage)
-                    is_started = True
-                if batch.text:
-                    yield self._chunk(Delta(content=batch.text), None, include_usage)
-                finish_reason, usage = batch.finish_reason, batch.usage
-        if finish_reason is None or usage is None:
-            raise _cut_short(self.id)
-        yield self._chunk(Delta(), finish_reason, include_usage)
+                is_first = ledger.note(batch)
+                for delta, logprobs, finish_reason in self._deltas(batch, is_first):
+                    yield self._chunk(batch.choice, delta, logprobs, finish_reason, include_usage)
+        usage = ledger.total()
         if include_usage:
             yield self._usage_chunk(CompletionUsage.of(usage))
         yield DONE
 
-    def _chunk(self, delta: Delta, finish_reason: str | None, include_usage: bool) -> bytes:
-        choice = ChunkChoice(index=0, delta=delta, logprobs=None, finish_reason=finish_reason)
+    def _deltas(self, batch: TokenBatch, is_first: bool) -> list[tuple[Delta, Sequence[TokenLogprob], str | None]]:
+        deltas: list[tuple[Delta, Sequence[TokenLogprob], str | None]] = []
+        if is_first:
+            deltas.append((Delta(role="assistant", content="", refusal=None), (), None))
+        if batch.text or batch.logprobs:
+            deltas.append((Delta(content=batch.text), batch.logprobs, None))
+        if batch.finish_reason is not None:
+            deltas.append((Delta(), (), batch.finish_reason))
+        return deltas
+
+    def _choice(self, index: int, choice: GatheredChoice) -> Choice:
+        return Choice(
+            index=index,
+            message=AnswerMessage(role="assistant", content=choice.text, refusal=None),
+            logprobs=self._logprobs(choice.logprobs) if self.with_logprobs else None,
+            finish_reason=choice.finish_reason,
+        )
+
+    def _chunk(
+        self,
+        index: int,
+        delta: Delta,
+        logprobs: Sequence[TokenLogprob],
+        finish_reason: str | None,
+        include_usage: bool,
+    ) -> bytes:
+        choice = ChunkChoice(
+            index=index,
+            delta=delta,
+            logprobs=self._logprobs(logprobs) if logprobs else None,
+            finish_reason=finish_reason,
+        )
         chunk = ChatCompletionChunk(
             id=self.id, object="chat.completion.chunk", created=self.created, model=self.model, choices=[choice]
         )
@@ -92,6 +123,23 @@ class Completion:
         )
         return sse_event(chunk.as_json())
 
+    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> ChoiceLogprobs:
+        return ChoiceLogprobs(content=[self._chosen(one) for one in logprobs], refusal=None)
 
-def _cut_short(completion_id: str) -> RuntimeError:
-    return RuntimeError(f"the batches of {completion_id} ended without a finish reason and usage")
+    def _chosen(self, one: TokenLogprob) -> ChosenLogprob:
+        piece = self.piece_of(one.token_id)
+        return ChosenLogprob(
+            token=piece.text,
+            logprob=finite_logprob(one.logprob),
+            bytes=list(piece.data),
+            top_logprobs=[self._top(token_id, logprob) for token_id, logprob in one.top],
+        )
+
+    def _top(self, token_id: int, logprob: float) -> TopLogprob:
+        piece = self.piece_of(token_id)
+        return TopLogprob(token=piece.text, logprob=finite_logprob(logprob), bytes=list(piece.data))
+
+
+def finite_logprob(logprob: float) -> float:
+    """`logprob` as JSON can say it."""
+    return max(logprob, LOWEST_LOGPROB)

@@ -95,6 +95,7 @@ class HttpConfig(Section):
         default=[], repr=False, description="Accepted bearer keys; none: everyone who reaches the port"
     )
     max_body_bytes: Bytes = Field(default=16 * MIB, gt=0, description="Largest request body")
+    max_requests: int = Field(default=256, ge=1, description="Requests for completions in progress; more get a 429")
 
     @property
     def url(self) -> str:

@@ -29,16 +29,21 @@ from router.gateway_router import Router
 from router.mirror import Mirror
 from router.policy import PolicyConfig, RouteRequest
 from serving.chat import ChatMessage, ChatTemplate
-from serving.http_app import HttpSettings, build_app
+from serving.http_app import build_app
 from serving.http_errors import ApiError
+from serving.http_settings import HttpSettings
 from serving.protocol import GenerateRequest, SamplingParams, TokenBatch
+from serving.relay import Delivered, ReplicaLost, relay
 from serving.replica import Handle, ModelInfo
+from serving.vocabulary import TokenPiece
 
 logger = logging.getLogger("tokenloft.gateway")
 
 EVENT_WAIT_S = 5.0
 """A reader of events waits this long for news; also how often a quiet node store is heard of."""
 STORE_RETRY_S = 1.0
+MAX_ATTEMPTS = 3
+"""Replicas that may fail on one request before the client hears of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +102,10 @@ class Gateway:
         return self._model.max_request_tokens
 
     @property
+    def vocab_size(self) -> int:
+        return self._template.vocabulary.size
+
+    @property
     def created(self) -> int:
         return self._created
 
@@ -106,10 +115,25 @@ class Gateway:
     def render(self, messages: Sequence[ChatMessage]) -> TokenIds:
         return self._template.render(messages)
 
+    def tokenize(self, text: str) -> TokenIds:
+        return self._template.vocabulary.tokenize(text)
+
+    def decode_tokens(self, token_ids: Sequence[int]) -> str:
+        return self._template.vocabulary.decode(token_ids)
+
+    def token_piece(self, token_id: int) -> TokenPiece:
+        return self._template.vocabulary.piece(token_id)
+
     async def generate(
-        self, token_ids: TokenIds, sampling: SamplingParams, session_id: str | None, use_cache: bool, request_id: str
+        self,
+        token_ids: TokenIds,
+        sampling: SamplingParams,
+        session_id: str | None,
+        use_cache: bool,
+        request_id: str,
+        num_choices: int = 1,
     ) -> AsyncGenerator[TokenBatch, None]:
-        """Route the request and relay its answer."""
+        """Route the request and relay its answer, past replicas that fail on the way."""
         assert self._router is not None
         use_cache = use_cache and self._options.cache_enabled
         fingerprint = self._model.fingerprint
@@ -118,28 +142,38 @@ class Gateway:
             fingerprint = replace(fingerprint, tenant_salt=f"uncached:{request_id}")
         hashes = tuple(chain_hashes(fingerprint.root_hash(), token_ids, fingerprint.block_size))
         route = RouteRequest(len(token_ids), hashes, fingerprint.block_size, session_id)
-        with self._router.route(route) as reservation:
-            request = GenerateRequest(
-                request_id, token_ids, fingerprint, hashes, sampling, reservation.decision, use_cache
-            )
-            async for batch in self._relay(request):
-                reservation.prefilled()
-                yield batch
+        delivered = Delivered(num_choices)
+        for attempt in range(MAX_ATTEMPTS):
+            with self._router.route(route) as reservation:
+                request = GenerateRequest(
+                    f"{request_id}.{attempt}",
+                    token_ids,
+                    fingerprint,
+                    hashes,
+                    sampling,
+                    reservation.decision,
+                    use_cache,
+                    delivered.open_choices(),
+                )
+                try:
+                    async for batch in relay(self._decode, request):
+                        reservation.prefilled()
+                        delivered.note(batch)
+                        yield self._with_savings(batch)
+                    return
+                except ReplicaLost as lost:
+                    logger.warning("%s lost its replica (%s): going on with another one", request_id, lost)
+            if reservation.decision.decode_replica is not None:
+                self._router.forget_replica(reservation.decision.decode_replica)
+        message = f"{MAX_ATTEMPTS} replicas failed on this request; please try again."
+        raise ApiError(503, message, code="replica_failed", headers={"retry-after": "1"})
 
-    async def _relay(self, request: GenerateRequest) -> AsyncGenerator[TokenBatch, None]:
-        stream = self._decode.options(stream=True).generate.remote(request)
-        try:
-            async for batch in stream:
-                if batch.finish_reason == "error":
-                    logger.error("the engine failed on %s: %s", request.request_id, batch.text)
-                    raise ApiError(500, "The engine failed on this request.", code="engine_error")
-                yield batch
-        except (ray.exceptions.RayError, RayServeException) as error:
-            logger.warning("decode failed for %s: %s", request.request_id, error)
-            message = "The replica that was to answer has failed; please try again."
-            raise ApiError(503, message, code="replica_failed", headers={"retry-after": "1"}) from error
-        finally:
-            stream.cancel()
+    def _with_savings(self, batch: TokenBatch) -> TokenBatch:
+        usage = batch.usage
+        if usage is None or self._router is None:
+            return batch
+        saved_s = max(0.0, usage.cached_tokens / self._router.prefill_tokens_per_s - usage.load_s)
+        return replace(batch, usage=replace(usage, saved_s=saved_s))
 
     async def warehouse_stats(self) -> Mapping[str, Any]:
         """State of each node store, and the engines' counters."""

@@ -1,101 +1,45 @@
 """The OpenAI-compatible HTTP API over a `Backend`: validate, render, generate, stream back.
 
-    POST /v1/chat/completions    GET /v1/models    GET /v1/models/{id}    GET /health    GET /warehouse/stats
+    POST /v1/chat/completions    GET /v1/models    GET /v1/models/{id}    GET /warehouse/stats
+    POST /v1/completions         GET /health       GET /metrics
 
 Extensions: the header `x-session-id` names the conversation, the body's `tokenloft` object holds options of
 ours (`{"cache": false}`), and the answer's `usage.tokenloft` says where the prompt's KV came from.
-Never knows Ray, engines or routing. Bodies are read and parsed here, not by FastAPI, because its own errors
-have another shape; so there is no generated schema page either.
+Where API keys are set, all but `/health` ask for one, `/metrics` too: it tells about other people's traffic.
+Never knows Ray, engines or routing. There is no generated schema page, because bodies are not parsed by FastAPI.
 """
 
 import asyncio
-import hashlib
-import hmac
+import contextlib
 import random
-import re
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
-from pydantic_core import from_json
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from cache.hashing import TokenIds
-from serving.chat import ChatMessage, ChatTemplateError
-from serving.completion import Completion
-from serving.http_edge import EventStream, HttpEdge, read_body, request_id_of, run_while_connected
-from serving.http_errors import (
-    ApiError,
-    answer_framework_validation,
-    answer_http_exception,
-    answer_too_long,
-    from_pydantic,
-    invalid_api_key,
-    malformed_json,
-    model_not_found,
-    model_not_ready,
-    prompt_too_long,
-    unsupported_content_type,
-    unsupported_parameter,
-)
-from serving.openai_schema import ChatCompletionRequest, ModelCard, ModelList
-from serving.protocol import SamplingParams, TokenBatch
+from serving.backend import Backend
+from serving.http_chat import CHAT_PATH, ChatEndpoint
+from serving.http_completions import COMPLETIONS_PATH, CompletionsEndpoint
+from serving.http_edge import HttpEdge
+from serving.http_errors import answer_framework_validation, answer_http_exception, invalid_api_key
+from serving.http_generation import Generation, check_model
+from serving.http_metrics import Metrics
+from serving.http_settings import HttpSettings
+from serving.http_traffic import RequestBound, RequestMeter
+from serving.openai_schema import ModelCard, ModelList
+from serving.warehouse_metrics import warehouse_metrics
 
-_SESSION_ID = re.compile(r"[\x21-\x7e]{1,256}", re.ASCII)
+STATS_TIMEOUT_S = 5.0
+"""Prometheus gives a scrape ten seconds: without the warehouse's part it still gets the rest."""
 
-
-class Backend(Protocol):
-    """What answers behind the HTTP edge. Any method may raise ApiError to tell the client something specific."""
-
-    @property
-    def model_name(self) -> str: ...
-
-    @property
-    def max_model_len(self) -> int:
-        """Tokens that prompt and answer share."""
-
-    @property
-    def created(self) -> int:
-        """When the model came up, in seconds since the epoch."""
-
-    def is_ready(self) -> bool:
-        """True once the model answers."""
-
-    def render(self, messages: Sequence[ChatMessage]) -> TokenIds:
-        """The prompt's token ids, `(num_tokens,)`. Called from worker threads. Raises ChatTemplateError."""
-
-    def generate(
-        self, token_ids: TokenIds, sampling: SamplingParams, session_id: str | None, use_cache: bool, request_id: str
-    ) -> AsyncGenerator[TokenBatch, None]:
-        """The answer, in batches; the last has a `finish_reason` and `usage`.
-
-        The generator is closed, or cancelled at its await, as soon as the client hangs up.
-        """
-
-    async def warehouse_stats(self) -> Mapping[str, Any]:
-        """What the warehouse holds, as JSON values."""
-
-
-@dataclass(frozen=True)
-class HttpSettings:
-    """Limits and keys of the HTTP edge."""
-
-    max_body_bytes: int = 16 * 2**20
-    api_key_hashes: frozenset[bytes] = frozenset()
-    """From `hash_api_key`; empty: no key is asked for. `/health` never asks for one."""
-    retry_after_s: int = 5
-    """What a client is told to wait while the model is not ready."""
-
-
-def hash_api_key(key: str) -> bytes:
-    """The form in which keys are kept and compared."""
-    return hashlib.sha256(key.encode("utf-8")).digest()
+_GENERATING = (CHAT_PATH, COMPLETIONS_PATH)
+_ENDPOINTS = (*_GENERATING, "/v1/models", "/health", "/warehouse/stats", "/metrics")
 
 
 def build_app(
@@ -103,14 +47,17 @@ def build_app(
     settings: HttpSettings | None = None,
     *,
     clock: Callable[[], float] = time.time,
+    monotonic: Callable[[], float] = time.monotonic,
     rng: random.Random | None = None,
 ) -> FastAPI:
-    """The ASGI app. It has no state beside `backend` and no lifespan, so it can be mounted anywhere.
+    """The ASGI app. It has no state beside `backend` but its metrics, and no lifespan: it can be mounted anywhere.
 
-    `clock` gives seconds since the epoch; `rng` gives request ids and the seeds of requests without one.
+    `clock` gives seconds since the epoch, `monotonic` seconds for measuring; `rng` gives request ids and the seeds
+    of requests without one.
     """
     settings = settings or HttpSettings()
     rng = rng or random.SystemRandom()
+    metrics = Metrics(monotonic)
     app = FastAPI(
         openapi_url=None,
         redirect_slashes=False,
@@ -119,9 +66,16 @@ def build_app(
             RequestValidationError: answer_framework_validation,
         },
     )
+    # The last one added is the outermost.
+    app.add_middleware(RequestBound, max_requests=settings.max_requests, endpoints=_GENERATING)
     app.add_middleware(HttpEdge, new_request_id=lambda: f"{rng.getrandbits(128):032x}")
+    app.add_middleware(RequestMeter, metrics=metrics, endpoints=_ENDPOINTS)
     app.include_router(_open_routes(backend))
-    app.include_router(_guarded_routes(backend, settings, ChatCompletions(backend, settings, clock, rng)))
+    guarded = APIRouter(dependencies=[Depends(_key_check(settings))])
+    _add_generating_routes(guarded, Generation(backend, settings, metrics, clock, rng))
+    _add_model_routes(guarded, backend)
+    _add_observing_routes(guarded, backend, metrics)
+    app.include_router(guarded)
     return app
 
 
@@ -137,123 +91,49 @@ def _open_routes(backend: Backend) -> APIRouter:
     return routes
 
 
-def _guarded_routes(backend: Backend, settings: HttpSettings, chat: "ChatCompletions") -> APIRouter:
+def _key_check(settings: HttpSettings) -> Callable[[Request], Any]:
     async def require_api_key(request: Request) -> None:
-        if settings.api_key_hashes and not _has_known_key(request, settings.api_key_hashes):
+        if not settings.accepts(request.headers.get("authorization", "")):
             raise invalid_api_key()
 
-    routes = APIRouter(dependencies=[Depends(require_api_key)])
+    return require_api_key
 
-    @routes.post("/v1/chat/completions")
+
+def _add_generating_routes(routes: APIRouter, generation: Generation) -> None:
+    chat, completions = ChatEndpoint(generation), CompletionsEndpoint(generation)
+
+    @routes.post(CHAT_PATH)
     async def chat_completions(request: Request) -> Response:
         return await chat.answer(request)
 
+    @routes.post(COMPLETIONS_PATH)
+    async def text_completions(request: Request) -> Response:
+        return await completions.answer(request)
+
+
+def _add_model_routes(routes: APIRouter, backend: Backend) -> None:
     @routes.get("/v1/models")
     async def list_models() -> Response:
         return _json(ModelList(object="list", data=[_model_card(backend)]).as_json())
 
     @routes.get("/v1/models/{model_id:path}")
     async def get_model(model_id: str) -> Response:
-        _check_model(model_id, backend)
+        check_model(model_id, backend)
         return _json(_model_card(backend).as_json())
 
+
+def _add_observing_routes(routes: APIRouter, backend: Backend, metrics: Metrics) -> None:
     @routes.get("/warehouse/stats")
     async def warehouse_stats() -> Response:
         return JSONResponse(dict(await backend.warehouse_stats()))
 
-    return routes
-
-
-@dataclass(frozen=True)
-class ChatCompletions:
-    """`POST /v1/chat/completions`."""
-
-    backend: Backend
-    settings: HttpSettings
-    clock: Callable[[], float]
-    rng: random.Random
-
-    async def answer(self, request: Request) -> Response:
-        """The whole road of one request. Raises ApiError for whatever the client did wrong."""
-        asked = await self._read(request)
-        session_id = _session_id(request)
-        token_ids = await self._render(asked)
-        sampling = asked.sampling(self._max_tokens(asked, len(token_ids)), self.rng.getrandbits(63))
-        request_id = request_id_of(request)
-        batches = self.backend.generate(token_ids, sampling, session_id, asked.use_cache, request_id)
-        completion = Completion(f"chatcmpl-{request_id}", int(self.clock()), self.backend.model_name)
-        if asked.stream:
-            return EventStream(completion.events(batches, asked.include_usage))
-        return _json((await run_while_connected(completion.collect(batches), request.receive)).as_json())
-
-    async def _read(self, request: Request) -> ChatCompletionRequest:
-        _check_content_type(request.headers.get("content-type", ""))
-        asked = _parse(await read_body(request, self.settings.max_body_bytes))
-        _check_model(asked.model, self.backend)
-        param = asked.unsupported_parameter()
-        if param is not None:
-            raise unsupported_parameter(param)
-        if not self.backend.is_ready():
-            raise model_not_ready(self.settings.retry_after_s)
-        return asked
-
-    async def _render(self, asked: ChatCompletionRequest) -> TokenIds:
-        # In a thread: a long history takes long enough to tokenise to hold up every other stream.
-        try:
-            return await asyncio.to_thread(self.backend.render, asked.chat_messages())
-        except ChatTemplateError as error:
-            raise ApiError(400, str(error), param="messages", code="chat_template_error") from error
-
-    def _max_tokens(self, asked: ChatCompletionRequest, num_tokens: int) -> int:
-        """The client's bound where it fits, the rest of the context where there is none."""
-        left = self.backend.max_model_len - num_tokens
-        if left < 1:
-            raise prompt_too_long(num_tokens, self.backend.max_model_len)
-        if asked.requested_max_tokens is None:
-            return left
-        param, max_tokens = asked.requested_max_tokens
-        if max_tokens > left:
-            raise answer_too_long(param, max_tokens, num_tokens, self.backend.max_model_len)
-        return max_tokens
-
-
-def _parse(body: bytes) -> ChatCompletionRequest:
-    try:
-        parsed = from_json(body, allow_inf_nan=False)
-    except ValueError as error:
-        raise malformed_json(str(error)) from error
-    try:
-        return ChatCompletionRequest.model_validate(parsed)
-    except ValidationError as error:
-        raise from_pydantic(error, parsed) from error
-
-
-def _check_content_type(content_type: str) -> None:
-    # Insisting on JSON also keeps web pages out: a browser asks first before it sends JSON to another site.
-    if content_type.partition(";")[0].strip().lower() != "application/json":
-        raise unsupported_content_type(content_type)
-
-
-def _check_model(model: str, backend: Backend) -> None:
-    if model != backend.model_name:
-        raise model_not_found(model, backend.model_name)
-
-
-def _session_id(request: Request) -> str | None:
-    session_id = request.headers.get("x-session-id", "")
-    if session_id and not _SESSION_ID.fullmatch(session_id):
-        message = "'x-session-id' must be 1 to 256 printable ASCII characters without spaces."
-        raise ApiError(400, message, param="x-session-id", code="invalid_value")
-    return session_id or None
-
-
-def _has_known_key(request: Request, known: frozenset[bytes]) -> bool:
-    scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    # Starlette decodes headers as latin-1; this gives back the bytes that came. Every known key is compared,
-    # so that the time taken says nothing about which one came close.
-    presented = hashlib.sha256(key.strip().encode("latin-1")).digest()
-    matches = [hmac.compare_digest(presented, one) for one in known]
-    return scheme.lower() == "bearer" and any(matches)
+    @routes.get("/metrics")
+    async def prometheus() -> Response:
+        stats: Mapping[str, Any] = {}
+        if backend.is_ready():
+            with contextlib.suppress(TimeoutError):
+                stats = await asyncio.wait_for(backend.warehouse_stats(), STATS_TIMEOUT_S)
+        return Response(metrics.text(warehouse_metrics(stats)), media_type=CONTENT_TYPE_LATEST)
 
 
 def _model_card(backend: Backend) -> ModelCard:

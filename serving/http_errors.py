@@ -9,7 +9,7 @@ error, and it is ASCII, so nothing that a client sent can make it unencodable.
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
@@ -19,8 +19,17 @@ from starlette.responses import Response
 
 INVALID_REQUEST = "invalid_request_error"
 SERVER_ERROR = "server_error"
+RATE_LIMIT = "rate_limit_error"
+
+BUSY_RETRY_AFTER_S = 1
+"""What a client is told to wait when there is no room for its request."""
+
+PromptKind = Literal["messages", "prompt"]
+"""The field that an endpoint's prompt comes in."""
 
 _MAX_QUOTED_CHARS = 120
+_PROMPT_IS = {"messages": "The messages are", "prompt": "The prompt is"}
+_PROMPT_AFTER = {"messages": "messages", "prompt": "a prompt"}
 _HTTP_CODES = {404: "unknown_url", 405: "method_not_allowed"}
 
 
@@ -48,9 +57,13 @@ class ApiError(Exception):
 
     def body(self) -> bytes:
         """The error as JSON in OpenAI's shape, on one line."""
-        kind = SERVER_ERROR if self.status >= 500 else INVALID_REQUEST
-        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        error = {"message": self.message, "type": self._type(), "param": self.param, "code": self.code}
         return json.dumps({"error": error}).encode("ascii")
+
+    def _type(self) -> str:
+        if self.status == 429:
+            return RATE_LIMIT
+        return SERVER_ERROR if self.status >= 500 else INVALID_REQUEST
 
     def response(self) -> Response:
         return Response(self.body(), self.status, self.headers, media_type="application/json")
@@ -90,20 +103,44 @@ def unsupported_parameter(param: str) -> ApiError:
     return ApiError(400, message, param=param, code="unsupported_parameter")
 
 
-def prompt_too_long(num_tokens: int, max_model_len: int) -> ApiError:
+def too_many_requests(max_requests: int) -> ApiError:
+    message = f"This server answers at most {max_requests} requests at once. Try again in {BUSY_RETRY_AFTER_S} s."
+    return overloaded(message)
+
+
+def overloaded(message: str) -> ApiError:
+    """The request was in order, but there is no room for it now."""
+    return ApiError(429, message, code="overloaded", headers={"retry-after": str(BUSY_RETRY_AFTER_S)})
+
+
+def prompt_too_long(prompt: PromptKind, num_tokens: int, max_model_len: int, param: str) -> ApiError:
     message = (
-        f"The messages are {num_tokens} tokens long, but the model's context holds {max_model_len} tokens "
+        f"{_PROMPT_IS[prompt]} {num_tokens} tokens long, but the model's context holds {max_model_len} tokens "
         "and at least one of them must be left for the answer."
     )
-    return ApiError(400, message, param="messages", code="context_length_exceeded")
+    return ApiError(400, message, param=param, code="context_length_exceeded")
 
 
-def answer_too_long(param: str, max_tokens: int, num_tokens: int, max_model_len: int) -> ApiError:
+def answer_too_long(prompt: PromptKind, param: str, max_tokens: int, num_tokens: int, max_model_len: int) -> ApiError:
     message = (
-        f"'{param}' asks for {max_tokens} tokens after messages of {num_tokens} tokens, but the model's context "
-        f"holds {max_model_len} tokens: at most {max_model_len - num_tokens} are left."
+        f"'{param}' asks for {max_tokens} tokens after {_PROMPT_AFTER[prompt]} of {num_tokens} tokens, but the model's "
+        f"context holds {max_model_len} tokens: at most {max_model_len - num_tokens} are left."
     )
     return ApiError(400, message, param=param, code="context_length_exceeded")
+
+
+def min_tokens_too_large(min_tokens: int, max_tokens: int) -> ApiError:
+    message = f"'min_tokens' asks for at least {min_tokens} tokens, but the answer may have at most {max_tokens}."
+    return ApiError(400, message, param="min_tokens", code="invalid_value")
+
+
+def unknown_token_id(param: str, token_id: int, vocab_size: int) -> ApiError:
+    message = f"'{param}' names the token id {shorten(str(token_id))}; the model's ids are 0 to {vocab_size - 1}."
+    return ApiError(400, message, param=param, code="invalid_value")
+
+
+def empty_prompt(param: str) -> ApiError:
+    return ApiError(400, f"'{param}' has no tokens.", param=param, code="invalid_value")
 
 
 def internal_error(request_id: str) -> ApiError:

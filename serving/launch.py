@@ -16,7 +16,7 @@ from serving.engine.families import check_model_type
 from serving.errors import LaunchError
 from serving.machine import measure_for
 from serving.model_store import prepare_model
-from serving.ray_session import prepare_environment, ray_session
+from serving.ray_session import prepare_environment, ray_address, ray_session
 from serving.terminal import Terminal
 
 
@@ -34,13 +34,15 @@ def serve(config: Config, terminal: Terminal) -> None:
 
 def _serve(config: Config, terminal: Terminal) -> None:
     started = time.monotonic()
-    config = config.model_copy(update={"http": config.http.model_copy(update={"port": find_port(config)})})
+    address = ray_address(config)
+    if address is None:  # on a Ray that runs, Serve may listen there already
+        config = config.model_copy(update={"http": config.http.model_copy(update={"port": find_port(config)})})
     terminal.step(f"preparing the model {config.model.name}")
     model = prepare_model(config.model.name, terminal)
     check_model_type(model_type_of(model.directory))
     budgets = measure_for(config)
     prepare_environment()
-    terminal.step("starting Ray" if config.ray.address is None else f"joining Ray at {config.ray.address}")
+    terminal.step("starting Ray" if address is None else f"joining Ray at {address}")
     with ray_session(config, budgets) as log_directory:
         # Ray is imported only now, and with it everything that needs it.
         from serving.app import Plan, node_stores, running
@@ -50,7 +52,7 @@ def _serve(config: Config, terminal: Terminal) -> None:
                 terminal.step(describe_store(stats))
             terminal.step(describe_engines(config, budgets))
             plan = Plan(config, budgets, model, tuple(stores))
-            with running(plan):
+            with running(plan, is_private=address is None):
                 _announce(config, model.name, terminal, log_directory, time.monotonic() - started)
                 while True:
                     signal.pause()

@@ -1,65 +1,36 @@
-"""OpenAI's chat completions, as far as this server speaks them: requests, answers, stream chunks.
+"""What OpenAI's two completion endpoints have in common: sampling parameters, usage, log-probabilities, models.
 
 Requests are validated strictly (no "5" for 5). Unknown fields are ignored, as OpenAI's clients expect, but a
 known field whose effect would silently be missing is named by `unsupported_parameter`. Answers hold every key
 that OpenAI's schema requires, null where we have nothing; what was not set is not sent.
 """
 
-from typing import Annotated, Any, Literal
+import re
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from serving.chat import ChatMessage
 from serving.protocol import SamplingParams, Usage
 
+INT32_MAX = 2**31 - 1
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
-MAX_STOP_STRINGS = 4
+MAX_CHOICES = 16
+MAX_TOP_LOGPROBS = 20
+MAX_STOP_STRINGS, MAX_STOP_CHARS = 4, 1024
+MAX_NAMED_TOKENS = 1024
+"""Entries of `logit_bias`, and of `stop_token_ids`."""
 
-StopString = Annotated[str, StringConstraints(min_length=1)]
+StopString = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARS)]
+TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
+
+_TOKEN_ID = re.compile(r"0|[1-9]\d{0,9}", re.ASCII)
 
 
 class Incoming(BaseModel):
     """A part of a request."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
-
-
-class TextPart(Incoming):
-    type: Literal["text"]
-    text: str
-
-
-class Message(Incoming):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)] | None = Field(default=None, validate_default=True)
-    name: str | None = None
-    tool_calls: list[Any] | None = None
-
-    @field_validator("content")
-    @classmethod
-    def _only_an_assistant_may_be_silent(cls, content: Any, info: ValidationInfo) -> Any:
-        if content is None and info.data.get("role") not in (None, "assistant"):
-            raise PydanticCustomError("missing", "only an assistant's message may be without content")
-        return content
-
-    @field_validator("tool_calls")
-    @classmethod
-    def _no_tool_calls(cls, tool_calls: list[Any] | None) -> list[Any] | None:
-        if tool_calls:
-            raise PydanticCustomError("unsupported", "tool calls are not supported by this server")
-        return tool_calls
-
-    def as_chat_message(self) -> ChatMessage:
-        """The message as the template sees it.
-
-        Text parts are joined by newlines, as vLLM does. `developer` is OpenAI's newer name for `system`, and
-        templates know only the older one.
-        """
-        text = self.content or ""
-        if not isinstance(text, str):
-            text = "\n".join(part.text for part in text)
-        return ChatMessage("system" if self.role == "developer" else self.role, text, self.name)
 
 
 class StreamOptions(Incoming):
@@ -75,81 +46,43 @@ class TokenloftOptions(Incoming):
     """False: nothing stored is looked up for this request and nothing of it is kept."""
 
 
-class NotYetSupported(Incoming):
-    """Parameters that are understood only where they ask for nothing; see `_NEUTRAL`."""
+class GenerationRequest(Incoming):
+    """What a request says about the answer, whatever its prompt looks like. Null is the same as absent, throughout."""
 
-    n: int | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
-    functions: list[Any] | None = None
-    function_call: Any = None
-    response_format: dict[str, Any] | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-    logit_bias: dict[str, float] | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    modalities: list[str] | None = None
-    audio: Any = None
-    web_search_options: Any = None
-    # Not OpenAI's own, but sent by clients of other servers.
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    min_tokens: int | None = None
-    ignore_eos: bool | None = None
-    stop_token_ids: list[int] | None = None
-
-    def unsupported_parameter(self) -> str | None:
-        """Name of the first parameter that asks for something this server would not do."""
-        for name, neutral in _NEUTRAL.items():
-            value = getattr(self, name)
-            if value is not None and value not in neutral:
-                return name
-        return None
-
-
-_NEUTRAL: dict[str, tuple[object, ...]] = {
-    "n": (1,),
-    "tools": ([],),
-    "tool_choice": ("none",),
-    "functions": ([],),
-    "function_call": ("none",),
-    "response_format": ({"type": "text"},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "modalities": (["text"],),
-    "audio": (),
-    "web_search_options": (),
-    "top_k": (0, -1),
-    "min_p": (0,),
-    "repetition_penalty": (1,),
-    "min_tokens": (0,),
-    "ignore_eos": (False,),
-    "stop_token_ids": ([],),
-}
-"""Values, null aside, that ask for nothing."""
-
-
-class ChatCompletionRequest(NotYetSupported):
-    """Body of `POST /v1/chat/completions`. Null is the same as absent, throughout."""
+    neutral: ClassVar[dict[str, tuple[object, ...]]] = {}
+    """Fields that are understood only where they ask for nothing, with the values, null aside, that do."""
 
     model: str
-    messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = Field(default=None, ge=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
-    """OpenAI's newer name for `max_tokens`; it counts where both are given."""
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
+    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     seed: int | None = Field(default=None, ge=INT64_MIN, le=INT64_MAX)
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    logit_bias: dict[str, float] | None = Field(default=None, max_length=MAX_NAMED_TOKENS)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
     tokenloft: TokenloftOptions | None = None
+    # Not OpenAI's own, but common among servers of open models.
+    top_k: int | None = Field(default=None, ge=-1, le=INT32_MAX)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=100)
+    min_tokens: int | None = Field(default=None, ge=0)
+    ignore_eos: bool | None = None
+    stop_token_ids: list[TokenId] | None = Field(default=None, max_length=MAX_NAMED_TOKENS)
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _bias_is_by_token_id(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
+        for key, value in (bias or {}).items():
+            if not _TOKEN_ID.fullmatch(key):
+                raise PydanticCustomError("token_id", "its keys should be token ids such as '42'")
+            if not -100 <= value <= 100:
+                raise PydanticCustomError("bias", "its values should be from -100 to 100")
+        return bias
 
     @field_validator("stream_options")
     @classmethod
@@ -158,12 +91,27 @@ class ChatCompletionRequest(NotYetSupported):
             raise PydanticCustomError("stream_options", "only allowed when 'stream' is true")
         return options
 
+    def unsupported_parameter(self) -> str | None:
+        """Name of the first parameter that asks for something this server would not do."""
+        for name, neutral in self.neutral.items():
+            value = getattr(self, name)
+            if value is not None and value not in neutral:
+                return name
+        return None
+
     @property
     def requested_max_tokens(self) -> tuple[str, int] | None:
-        """Name and value of the bound that the client set, None if it left the rest of the context to us."""
-        if self.max_completion_tokens is not None:
-            return "max_completion_tokens", self.max_completion_tokens
+        """Name and value of the bound that the client set, None if it left that to us."""
         return None if self.max_tokens is None else ("max_tokens", self.max_tokens)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Most likely tokens to be told beside each token; None: no log-probabilities at all."""
+        raise NotImplementedError
+
+    @property
+    def num_choices(self) -> int:
+        return 1 if self.n is None else self.n
 
     @property
     def include_usage(self) -> bool:
@@ -173,19 +121,68 @@ class ChatCompletionRequest(NotYetSupported):
     def use_cache(self) -> bool:
         return self.tokenloft is None or self.tokenloft.cache
 
-    def chat_messages(self) -> list[ChatMessage]:
-        return [message.as_chat_message() for message in self.messages]
+    def named_token_ids(self) -> dict[str, list[int]]:
+        """Token ids that the parameters name, by parameter."""
+        return {
+            "logit_bias": [int(key) for key in self.logit_bias or ()],
+            "stop_token_ids": self.stop_token_ids or [],
+        }
 
     def sampling(self, max_tokens: int, default_seed: int) -> SamplingParams:
         """Sampling with OpenAI's defaults filled in."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return SamplingParams(
             max_tokens=max_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
+            temperature=_or(self.temperature, 1.0),
+            top_p=_or(self.top_p, 1.0),
             seed=default_seed if self.seed is None else self.seed,
             stop=tuple(stop),
+            top_k=max(0, self.top_k or 0),  # -1 is another way to say all
+            min_p=_or(self.min_p, 0.0),
+            presence_penalty=_or(self.presence_penalty, 0.0),
+            frequency_penalty=_or(self.frequency_penalty, 0.0),
+            repetition_penalty=_or(self.repetition_penalty, 1.0),
+            logit_bias=tuple((int(key), float(value)) for key, value in (self.logit_bias or {}).items()),
+            min_tokens=self.min_tokens or 0,
+            ignore_eos=bool(self.ignore_eos),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            num_logprobs=self.num_logprobs,
         )
+
+
+class OtherServersExtras(Incoming):
+    """Parameters of other servers that this one does not have; see `OTHER_SERVERS_NEUTRAL`."""
+
+    prompt_logprobs: Any = None
+    use_beam_search: Any = None
+    length_penalty: Any = None
+    bad_words: Any = None
+    allowed_token_ids: Any = None
+    include_stop_str_in_output: Any = None
+    skip_special_tokens: Any = None
+    truncate_prompt_tokens: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+
+
+OTHER_SERVERS_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "prompt_logprobs": (),
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "truncate_prompt_tokens": (),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+}
 
 
 class Outgoing(BaseModel):
@@ -232,6 +229,8 @@ class TokenloftUsage(Outgoing):
     computed: ComputedByRole
     load_s: float
     ttft_s: float
+    saved_s: float
+    """Estimate: computing what was reused, less loading it."""
     route: str
     """Why the router chose this replica."""
 
@@ -264,54 +263,10 @@ class CompletionUsage(Outgoing):
                 computed=ComputedByRole(prefill=usage.prefill_tokens, decode=usage.decode_computed_tokens),
                 load_s=usage.load_s,
                 ttft_s=usage.ttft_s,
+                saved_s=usage.saved_s,
                 route=usage.reason,
             ),
         )
-
-
-class AnswerMessage(Outgoing):
-    role: Literal["assistant"]
-    content: str
-    refusal: None
-
-
-class Choice(Outgoing):
-    index: int
-    message: AnswerMessage
-    logprobs: None
-    finish_reason: str
-
-
-class ChatCompletion(Outgoing):
-    id: str
-    object: Literal["chat.completion"]
-    created: int
-    model: str
-    choices: list[Choice]
-    usage: CompletionUsage
-
-
-class Delta(Outgoing):
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-    refusal: None = None
-
-
-class ChunkChoice(Outgoing):
-    index: int
-    delta: Delta
-    logprobs: None
-    finish_reason: str | None
-
-
-class ChatCompletionChunk(Outgoing):
-    id: str
-    object: Literal["chat.completion.chunk"]
-    created: int
-    model: str
-    choices: list[ChunkChoice]
-    usage: CompletionUsage | None = None
-    """Set, if only to null, where the client asked for usage."""
 
 
 class ModelCard(Outgoing):
@@ -326,3 +281,7 @@ class ModelCard(Outgoing):
 class ModelList(Outgoing):
     object: Literal["list"]
     data: list[ModelCard]
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value

@@ -51,6 +51,15 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class Choice:
+    """One of the answers to a prompt. Choice i draws with `sampling.seed + i`."""
+
+    index: int = 0
+    generated: tuple[int, ...] = ()
+    """Tokens that a replica had sent before it failed: the answer goes on behind them."""
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateRequest:
     """One completion to compute."""
 
@@ -65,10 +74,8 @@ class GenerateRequest:
     decision: Decision
     use_cache: bool = True
     """False: nothing stored is looked up and nothing is kept; the handoff still works."""
-    num_choices: int = 1
-    """Answers to the one prompt, which is computed once. Choice i draws with `sampling.seed + i`."""
-    generated: tuple[tuple[int, ...], ...] = ()
-    """Tokens of each choice that a replica had sent before it failed: the answer goes on behind them."""
+    choices: tuple[Choice, ...] = (Choice(),)
+    """Answers wanted to the one prompt, which is computed once."""
 
     @property
     def target(self) -> str | None:
@@ -96,6 +103,8 @@ class Usage:
     """Time spent loading stored blocks."""
     ttft_s: float = 0.0
     """From arrival at the engine to the first token."""
+    saved_s: float = 0.0
+    """Estimate: computing what was reused, less loading it."""
     reason: str = ""
     """Why the router chose this replica."""
 
@@ -111,7 +120,8 @@ class TokenBatch:
     token_ids: tuple[int, ...]
     text: str
     finish_reason: str | None = None
-    """`stop` or `length`; `error` if the engine failed, with the reason as `text`."""
+    """`stop` or `length`. With the reason as `text`: `error` if the engine failed on this request, `lost` if the
+    engine has ended, so that another one can go on with it."""
     usage: Usage | None = None
     choice: int = 0
     """Which of the request's choices this belongs to."""

@@ -41,6 +41,11 @@ def prepare_environment(token_directory: Path | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def ray_address(config: Config) -> str | None:
+    """The Ray to join: the config's, or RAY_ADDRESS's, which is set in a Ray job. None: a private one."""
+    return config.ray.address or os.environ.get("RAY_ADDRESS") or None
+
+
 def ensure_token(directory: Path) -> Path:
     """The token file in `directory`, made with mode 0600 if it is missing. Raises RaySetupError."""
     path = directory / "ray_auth_token"
@@ -72,13 +77,14 @@ def _make_token(path: Path) -> None:
 def ray_session(config: Config, budgets: Budgets) -> Iterator[str]:
     """Connected to Ray while the block runs. Yields where Ray's logs are.
 
-    With no address in the config a private Ray is started and ended; another one on this machine is neither
-    joined nor touched. Raises RaySetupError.
+    With no address a private Ray is started and ended; another one on this machine is neither joined nor touched.
+    Raises RaySetupError.
     """
     import ray
 
+    address = ray_address(config)
     try:
-        if config.ray.address is None:
+        if address is None:
             context: Any = ray.init(
                 address="local",
                 num_cpus=max(1, len(os.sched_getaffinity(0))),
@@ -90,9 +96,9 @@ def ray_session(config: Config, budgets: Budgets) -> Iterator[str]:
                 _temp_dir=str(config.ray.temp_dir) if config.ray.temp_dir else None,
             )
         else:
-            context = ray.init(address=config.ray.address, namespace=NAMESPACE, logging_level=logging.ERROR)
+            context = ray.init(address=address, namespace=NAMESPACE, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        where = f"reach Ray at {config.ray.address}" if config.ray.address else "start a local Ray"
+        where = f"reach Ray at {address}" if address else "start a local Ray"
         raise RaySetupError(f"could not {where}: {error}") from error
     try:
         yield str(Path(context.address_info["session_dir"], "logs"))

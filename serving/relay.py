@@ -11,7 +11,7 @@ import ray
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from serving.engine.engine import EngineStopped, RequestTooLong
-from serving.http_errors import ApiError
+from serving.http_errors import ApiError, overloaded
 from serving.protocol import Choice, GenerateRequest, TokenBatch
 from serving.replica import Handle
 
@@ -55,8 +55,7 @@ async def relay(decode: Handle, request: GenerateRequest) -> AsyncGenerator[Toke
                 raise ApiError(500, "The engine failed on this request.", code="engine_error")
             yield batch
     except BackPressureError as error:
-        message = "Too many requests wait already; please try again."
-        raise ApiError(429, message, code="overloaded", headers={"retry-after": "1"}) from error
+        raise overloaded("Too many requests wait already; please try again.") from error
     except RequestTooLong as error:
         raise ApiError(400, str(error), param="max_tokens", code="context_length_exceeded") from error
     except ray.exceptions.RayTaskError as error:

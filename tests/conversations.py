@@ -33,12 +33,12 @@ _TRAVEL = (
     "You are the booking agent of a small railway. Ask for the day, the two stations and the class; confirm before you "
     "book; never give away a seat that the list does not show as free. Refunds need the ticket number."
 )
-_PARSER = '''def parse_line(line: str) -> tuple[str, int]:
+_PARSER = """def parse_line(line: str) -> tuple[str, int]:
     name, _, count = line.partition("=")
     if not count:
         raise ValueError(f"no count in {line!r}")
     return name.strip(), int(count)
-'''
+"""
 _SCHEMA = """CREATE TABLE parts (id INTEGER PRIMARY KEY, name TEXT NOT NULL, stock INTEGER NOT NULL DEFAULT 0);
 CREATE TABLE orders (id INTEGER PRIMARY KEY, part INTEGER REFERENCES parts(id), amount INTEGER, placed_at TEXT);
 """
@@ -134,7 +134,7 @@ SHORT: tuple[Conversation, ...] = (
     Conversation(
         "scripts",
         (
-            "请把这句话翻译成英文：昨天的雨一直下到半夜，河水漫过了桥。",
+            "请翻译成英文。昨天的雨一直下到半夜。河水漫过了桥。",
             "Теперь по-русски: вчера дождь шёл до полуночи, и река вышла из берегов.",
             "日本語でも短くお願いします。丁寧語で、二文以内に。",
             "والآن بالعربية، في جملة واحدة فقط.",
@@ -151,8 +151,8 @@ SHORT: tuple[Conversation, ...] = (
     Conversation(
         "json-tool",
         (
-            'Call the weather tool. Its schema: {"name": "weather", "parameters": {"city": "string", "days": "integer"}}',
-            '{"city": "Turku", "days": [{"date": "05-01", "low": -2, "high": 6}, {"date": "05-02", "low": 1, "high": 9}]}',
+            'Call the weather tool: {"name": "weather", "parameters": {"city": "string", "days": "integer"}}',
+            '{"city": "Turku", "days": [{"date": "05-01", "low": -2, "high": 6}, {"date": "05-02", "high": 9}]}',
             "Which of the days is warmer, and by how much? Answer as JSON with the keys day and difference.",
             "Invalid JSON: Expecting ',' delimiter: line 1 column 24 (char 23). Try once more.",
         ),
@@ -161,16 +161,17 @@ SHORT: tuple[Conversation, ...] = (
     Conversation(
         "shell",
         (
-            "$ df -h /srv\nFilesystem  Size  Used Avail Use% Mounted on\n/dev/sdb1   917G  871G     0 100% /srv\nFree 50 GB.",
+            "$ df -h /srv\nDevice Size Used Avail Use% Mounted on\n/dev/sdb1   917G  871G  0  100% /srv\nFree 50G.",
             "$ du -xh --max-depth=1 /srv | sort -h | tail -4\n31G /srv/spool\n96G /srv/old\n212G /srv/mail\n871G /srv",
-            "$ ls -la /srv/old | head -3\ntotal 100663336\n-rw------- 1 root root 51539607552 Feb  2 2019 before-the-move.img",
+            "$ ls -la /srv/old | head -3\ntotal 100663336\n-rw------- 1 root root 51G Feb  2 2019 before-the-move.img",
             "Nobody knows what it is. What do you do before you delete it?",
         ),
     ),
     Conversation(
         "long-rules",
         (
-            "Rules of the house. " + " ".join(
+            "Rules of the house. "
+            + " ".join(
                 f"Rule {i}: whoever {verb} after {hour} o'clock {duty}."
                 for i, (verb, hour, duty) in enumerate(
                     (
@@ -193,9 +194,9 @@ SHORT: tuple[Conversation, ...] = (
     Conversation(
         "repeat-after-me",
         (
-            "ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab",
-            "ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab",
-            "ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ac",
+            "ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab",
+            "ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab",
+            "ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ab ac",
         ),
     ),
     Conversation(
@@ -217,7 +218,7 @@ SHORT: tuple[Conversation, ...] = (
     Conversation(
         "letter",
         (
-            "Dear editor,\n\nyour paper of 4 May says that the weir was built in 1911. My grandmother was at its opening, "
+            "Dear editor,\n\nyour paper of 4 May says the weir was built in 1911. My grandmother was at its opening "
             "as a girl of nine with a wreath in her hair, and she was born in 1899. I keep the photograph.\n\n"
             "Please make this letter shorter without losing the photograph.",
             "Too short. Keep the wreath as well.",
@@ -237,7 +238,7 @@ SHORT: tuple[Conversation, ...] = (
     Conversation(
         "game-master",
         (
-            "You lead a game. I stand before a door of black oak; there is light under it, and somebody sings behind it.",
+            "You lead a game. I stand before a door of black oak; there is light under it, somebody sings behind it.",
             "I knock three times, as the old woman told me to, and hold the lantern low.",
             "I give my name as Ilse of the Ferry, which is not my name.",
             "Roll for me: the die shows 17.",
@@ -277,8 +278,8 @@ LONG: tuple[Conversation, ...] = (
     Conversation(
         "valley-railway",
         (
-            "A railway in a valley had seven stations. The first lay at the mouth of the river, where the ferries came in; "
-            "the last lay under the pass, and in winter nobody lived there but the keeper and his two dogs. Between them "
+            "A railway in a valley had seven stations. The first lay at the mouth of the river, where ferries came in; "
+            "the last lay under the pass, and in winter nobody lived there but the keeper and two dogs. Between them "
             "the line crossed the water five times. The third bridge was of wood, and every spring, when the ice went "
             "out, a man walked ahead of the first train with a red flag and a long iron bar, and knocked at each beam, "
             "and listened. If it rang, he waved; if it was dull, the train went back, and the valley above had no "

@@ -77,10 +77,10 @@ class EngineBench:
         )
         self._engine = Engine(runner, config, tokenizer)
         with quiet_loading():
-            self._reference: Any = AutoModelForCausalLM.from_pretrained(
+            reference: Any = AutoModelForCausalLM.from_pretrained(
                 options.model_dir, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
             )
-        self._reference.eval()
+        self._reference = reference.eval()
         self._count = 0
 
     def run(self) -> Report:

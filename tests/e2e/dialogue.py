@@ -125,9 +125,7 @@ class Checker:
     def check(self, prompt: TokenIds, answer: ChatAnswer) -> TokenIds:
         """Raise AssertionError unless the answer is the oracle's; returns prompt and answer without the last token."""
         assert answer.num_prompt_tokens == len(prompt)
-        answered = self.oracle.check_text(
-            self._tokenizer, prompt, answer.text, answer.num_tokens, self.max_tokens
-        )
+        answered = self.oracle.check_text(self._tokenizer, prompt, answer.text, answer.num_tokens, self.max_tokens)
         return np.concatenate([prompt, np.asarray(answered[:-1], np.int32)])
 
 

@@ -105,7 +105,7 @@ BAD_BODIES: dict[str, Any] = {
     "seed beyond 64 bits": {"seed": 2**70},
     "an empty stop string": {"stop": ""},
     "five stop strings": {"stop": ["a", "b", "c", "d", "e"]},
-    "two choices": {"n": 2},
+    "too many choices": {"n": 17},
     "tools": {"tools": [{"type": "function", "function": {"name": "f"}}]},
     "a lone surrogate": b'{"model": "tiny-plain", "messages": [{"role": "user", "content": "\\ud800"}]}',
     "a misspelt extension": {"tokenloft": {"cash": False}},
@@ -130,7 +130,8 @@ def test_a_bad_request_is_the_clients_fault(server: Server, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "path"), [("GET", "/v1/chat/completions"), ("POST", "/v1/models"), ("GET", "/v1/models/none"), ("GET", "/x")]
+    ("method", "path"),
+    [("GET", "/v1/chat/completions"), ("POST", "/v1/models"), ("GET", "/v1/models/none"), ("GET", "/x")],
 )
 def test_a_wrong_path_or_method_is_the_clients_fault(server: Server, method: str, path: str) -> None:
     response = server.client.request(method, path)

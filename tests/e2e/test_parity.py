@@ -1,4 +1,7 @@
-"""The heart: every road that KV can take gives the oracle's tokens, and the engines' counters say that it was taken."""
+"""The heart: every road that KV can take gives the oracle's tokens, and the engines' counters say that it was taken.
+
+On a tiny model; the default model's part is in `test_long_conversation`, which has it running.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -6,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conversations import LONG, SHORT, Conversation
+from tests.conversations import SHORT, Conversation
 from tests.e2e.dialogue import Checker, Dialogue, Memory, Turn, in_rounds, one_by_one, play, total
 from tests.e2e.server import Server, ServerHome
 
@@ -28,14 +31,7 @@ def checker(plain_model_dir: Path, report_figure: Report) -> Iterator[Checker]:
     report_figure(f"parity on the tiny model: {checker.oracle.parity}")
 
 
-@pytest.fixture(scope="module")
-def real_checker(default_model_dir: Path, report_figure: Report) -> Iterator[Checker]:
-    checker = Checker(default_model_dir, max_tokens=40)
-    yield checker
-    report_figure(f"parity on the default model: {checker.oracle.parity}")
-
-
-def start(conversations: Sequence[Conversation] = SHORT) -> list[Dialogue]:
+def begin(conversations: Sequence[Conversation] = SHORT) -> list[Dialogue]:
     return [Dialogue(conversation) for conversation in conversations]
 
 
@@ -50,12 +46,12 @@ def test_cache_off_device_hits_and_disk_after_a_restart(plain_model_dir: Path, c
     memory = Memory()
     with ServerHome() as home:
         with Server(home, str(plain_model_dir), {"prefill.remote_threshold_tokens": NEVER}) as server:
-            for turn in play(server, checker, one_by_one(start()), memory, use_cache=False):
+            for turn in play(server, checker, one_by_one(begin()), memory, use_cache=False):
                 assert turn.decode["computed_prompt_tokens"] == turn.num_prompt_tokens, turn
                 assert turn.reused_tokens == 0, turn
             assert server.store()["num_blocks"] == 0
 
-            turns = play(server, checker, one_by_one(start()), memory)
+            turns = play(server, checker, one_by_one(begin()), memory)
             assert_all_reused(turns)
             for turn in turns:
                 assert turn.decode["device_tokens"] == turn.reusable_tokens, turn
@@ -67,7 +63,7 @@ def test_cache_off_device_hits_and_disk_after_a_restart(plain_model_dir: Path, c
 
         # Two decode replicas, because the road from disk must not depend on whose disk it was.
         with Server(home, str(plain_model_dir), {"prefill.replicas": 0, "decode.replicas": 2}) as server:
-            turns = play(server, checker, one_by_one(start()), memory)
+            turns = play(server, checker, one_by_one(begin()), memory)
             assert_all_reused(turns)
             for turn in turns:
                 assert turn.reusable_tokens == turn.num_prompt_tokens - 1, turn
@@ -77,13 +73,12 @@ def test_cache_off_device_hits_and_disk_after_a_restart(plain_model_dir: Path, c
             assert from_disk >= 0.6 * sum(turn.num_prompt_tokens for turn in first)
 
             two_decode_replicas(server, checker, memory)
-            server.stop()
 
 
 def two_decode_replicas(server: Server, checker: Checker, memory: Memory) -> None:
     """Conversations that are new to a server with two decode replicas."""
     renamed = [replace(each, system=f"Second edition. {each.system or ''}") for each in SHORT]
-    turns = play(server, checker, one_by_one(start(renamed)), memory)
+    turns = play(server, checker, one_by_one(begin(renamed)), memory)
     assert_all_reused(turns)
     later = [turn for turn in turns if turn.number > 1]
     # A conversation's turns go where its blocks are.
@@ -94,14 +89,14 @@ def two_decode_replicas(server: Server, checker: Checker, memory: Memory) -> Non
 def test_split_over_prefill_and_decode_with_dram_hits(plain_model_dir: Path, checker: Checker) -> None:
     settings = {"prefill.remote_threshold_tokens": 64, "prefill.chunk_tokens": 96, **TINY_POOL}
     with ServerHome() as home, Server(home, str(plain_model_dir), settings) as server:
-        for turn in play(server, checker, one_by_one(start()), Memory(), use_cache=False):
+        for turn in play(server, checker, one_by_one(begin()), Memory(), use_cache=False):
             num_handed_off = (turn.num_prompt_tokens - 1) // BLOCK_SIZE * BLOCK_SIZE
             if turn.num_prompt_tokens >= 64:
                 assert turn.prefill["computed_prompt_tokens"] == num_handed_off, turn
                 assert turn.decode["computed_prompt_tokens"] == turn.num_prompt_tokens - num_handed_off, turn
             assert turn.reused_tokens == 0, turn
 
-        turns = play(server, checker, in_rounds(start()), Memory(), settle=True)
+        turns = play(server, checker, in_rounds(begin()), Memory(), settle=True)
         for turn in turns:
             assert turn.reused_tokens == turn.reusable_tokens, turn
             rest = turn.num_prompt_tokens - turn.reusable_tokens
@@ -112,7 +107,6 @@ def test_split_over_prefill_and_decode_with_dram_hits(plain_model_dir: Path, che
             both = turn.prefill["computed_prompt_tokens"] + turn.decode["computed_prompt_tokens"]
             assert both <= rest + BLOCK_SIZE, turn
         assert total(turns, "dram_tokens") >= 0.6 * sum(turn.reusable_tokens for turn in turns)
-        server.stop()
 
 
 def test_disk_hits(plain_model_dir: Path, checker: Checker) -> None:
@@ -124,35 +118,6 @@ def test_disk_hits(plain_model_dir: Path, checker: Checker) -> None:
         **TINY_POOL,
     }
     with ServerHome() as home, Server(home, str(plain_model_dir), settings) as server:
-        turns = play(server, checker, in_rounds(start()), Memory(), settle=True)
+        turns = play(server, checker, in_rounds(begin()), Memory(), settle=True)
         assert_all_reused(turns)
         assert total(turns, "disk_tokens") >= 0.6 * sum(turn.reusable_tokens for turn in turns)
-        server.stop()
-
-
-def test_the_default_model_cold_warm_and_after_a_restart(default_model_dir: Path, real_checker: Checker) -> None:
-    settings = {
-        "decode.pool_bytes": "200MB",
-        "prefill.pool_bytes": "100MB",
-        "cache.dram_bytes": "300MB",
-        "cache.handoff_bytes": "100MB",
-    }
-    memory, dialogues = Memory(), start(LONG)
-    with ServerHome() as home:
-        with Server(home, str(default_model_dir), settings) as server:
-            turns = play(server, real_checker, one_by_one(dialogues), memory)
-            for turn in turns:
-                assert turn.reused_tokens == turn.reusable_tokens, turn
-                if turn.number > 1:
-                    assert turn.decode["device_tokens"] == turn.reusable_tokens >= turn.num_prompt_tokens // 2, turn
-            assert any(turn.prefill["computed_prompt_tokens"] for turn in turns)
-            server.settle()
-            server.stop()
-        again = [Dialogue(replace(each, turns=(*each.turns, "Say that in fewer words."))) for each in LONG]
-        for dialogue, before in zip(again, dialogues, strict=True):
-            dialogue.messages, dialogue.num_asked = list(before.messages), before.num_asked
-        with Server(home, str(default_model_dir), settings) as server:
-            turns = play(server, real_checker, again, memory)
-            assert_all_reused(turns)
-            assert total(turns, "disk_tokens") >= 0.8 * sum(turn.reusable_tokens for turn in turns)
-            server.stop()

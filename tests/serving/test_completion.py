@@ -1,14 +1,17 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from serving.completion import DONE, Completion
-from serving.protocol import TokenBatch, Usage
+from serving.protocol import TokenBatch, TokenLogprob, Usage
+from serving.vocabulary import TokenPiece
 
-HEAD = Completion("chatcmpl-1", 17, "tiny")
+PIECES = [TokenPiece(b"Hi"), TokenPiece("é".encode()[:1]), TokenPiece("é".encode()[1:]), TokenPiece(b"!")]
+HEAD = Completion("chatcmpl-1", 17, "tiny", PIECES.__getitem__)
 END = TokenBatch((3,), "!", "stop", Usage(prompt_tokens=4, completion_tokens=3, dram_tokens=3))
 
 
@@ -17,9 +20,9 @@ async def batches_of(*batches: TokenBatch) -> AsyncGenerator[TokenBatch, None]:
         yield batch
 
 
-def chunks_of(include_usage: bool, *batches: TokenBatch) -> list[dict[str, Any]]:
+def chunks_of(include_usage: bool, *batches: TokenBatch, head: Completion = HEAD) -> list[dict[str, Any]]:
     async def collect() -> list[bytes]:
-        return [event async for event in HEAD.events(batches_of(*batches), include_usage)]
+        return [event async for event in head.events(batches_of(*batches), include_usage)]
 
     events = asyncio.run(collect())
     assert events[-1] == DONE == b"data: [DONE]\n\n"
@@ -92,3 +95,47 @@ def test_a_stream_that_is_closed_half_way_closes_the_batches() -> None:
         assert closed == [True]
 
     asyncio.run(main())
+
+
+def test_choices_are_streamed_as_they_come_and_each_has_its_role_and_end() -> None:
+    head = Completion("chatcmpl-1", 17, "tiny", PIECES.__getitem__, num_choices=2)
+    batches = (TokenBatch((1,), "b", choice=1), TokenBatch((0,), "a"), replace(END, choice=1), END)
+    chunks = chunks_of(True, *batches, head=head)
+    told = [
+        (choice["index"], choice["delta"], choice["finish_reason"]) for chunk in chunks for choice in chunk["choices"]
+    ]
+    role = {"role": "assistant", "content": "", "refusal": None}
+    assert told == [
+        (1, role, None), (1, {"content": "b"}, None), (0, role, None), (0, {"content": "a"}, None),
+        (1, {"content": "!"}, None), (1, {}, "stop"), (0, {"content": "!"}, None), (0, {}, "stop"),
+    ]  # fmt: skip
+    assert (chunks[-1]["usage"]["prompt_tokens"], chunks[-1]["usage"]["completion_tokens"]) == (4, 6)
+    whole = json.loads(asyncio.run(head.collect(batches_of(*batches))).as_json())
+    assert [choice["message"]["content"] for choice in whole["choices"]] == ["a!", "b!"]
+    assert whole["usage"] == chunks[-1]["usage"]
+
+
+def test_log_probabilities_name_tokens_and_their_bytes() -> None:
+    head = Completion("chatcmpl-1", 17, "tiny", PIECES.__getitem__, with_logprobs=True)
+    logprobs = (TokenLogprob(0, -0.5, ((0, -0.5), (1, -1.5))), TokenLogprob(1, float("-inf")))
+    # Half a character is held back: its tokens are told before its text.
+    batches = (TokenBatch((0, 1), "Hi", logprobs=logprobs), TokenBatch((2,), "", logprobs=logprobs[:1]), END)
+    first, second = (
+        {
+            "token": "Hi",
+            "logprob": -0.5,
+            "bytes": [72, 105],
+            "top_logprobs": [
+                {"token": "Hi", "logprob": -0.5, "bytes": [72, 105]},
+                {"token": "\ufffd", "logprob": -1.5, "bytes": [0xC3]},
+            ],
+        },
+        {"token": "\ufffd", "logprob": -9999.0, "bytes": [0xC3], "top_logprobs": []},
+    )
+    whole = json.loads(asyncio.run(head.collect(batches_of(*batches))).as_json())
+    assert whole["choices"][0]["logprobs"] == {"content": [first, second, first], "refusal": None}
+    choices = [chunk["choices"][0] for chunk in chunks_of(False, *batches, head=head)]
+    assert [choice["logprobs"] and choice["logprobs"]["content"] for choice in choices] == [
+        None, [first, second], [first], None, None,
+    ]  # fmt: skip
+    assert [choice["delta"].get("content") for choice in choices] == ["", "Hi", "", "!", None]

@@ -1,106 +1,29 @@
-"""The HTTP edge over a real socket: uvicorn on loopback, before a scripted backend."""
+"""The app as a whole, over a real socket: routes, keys, ids, streams, clients that hang up, failures."""
 
-import asyncio
 import json
-import random
 import socket
-import threading
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
-import uvicorn
 
-from cache.hashing import TokenIds, as_token_ids
-from serving.chat import ChatMessage, ChatTemplateError
-from serving.http_app import HttpSettings, build_app, hash_api_key
 from serving.http_errors import ApiError
-from serving.protocol import SamplingParams, TokenBatch, Usage
-
-MAX_MODEL_LEN = 64
-WAIT_S = 20
-ENDLESS, SILENT = "endless", "silent"
-BODY: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "one two three"}]}
-CHAT = "/v1/chat/completions"
-
-
-@dataclass
-class ScriptedBackend:
-    """A backend of one token per word, which streams a fixed answer."""
-
-    texts: tuple[str, ...] = ("Hello", ", ", "wörld")
-    script: str = ""
-    """ENDLESS: the answer never ends. SILENT: it never begins."""
-    failure: Exception | None = None
-    """Raised after `texts`."""
-    ready: bool = True
-    calls: list[dict[str, Any]] = field(default_factory=list)
-    begun: threading.Event = field(default_factory=threading.Event)
-    closed: threading.Event = field(default_factory=threading.Event)
-    model_name: str = "tiny"
-    max_model_len: int = MAX_MODEL_LEN
-    created: int = 1_700_000_000
-
-    def is_ready(self) -> bool:
-        return self.ready
-
-    def render(self, messages: Sequence[ChatMessage]) -> TokenIds:
-        if messages[-1].role == "assistant":
-            raise ChatTemplateError("the assistant must not speak last")
-        return as_token_ids([len(word) for message in messages for word in message.content.split()])
-
-    async def generate(
-        self, token_ids: TokenIds, sampling: SamplingParams, session_id: str | None, use_cache: bool, request_id: str
-    ) -> AsyncGenerator[TokenBatch, None]:
-        self.calls.append(
-            {"sampling": sampling, "session_id": session_id, "use_cache": use_cache, "request_id": request_id}
-        )
-        self.begun.set()
-        try:
-            if self.script == SILENT:
-                await asyncio.Event().wait()
-            for text in self.texts:
-                yield TokenBatch((1,), text)
-            while self.script == ENDLESS:
-                await asyncio.sleep(0.005)
-                yield TokenBatch((1,), "more ")
-            if self.failure is not None:
-                raise self.failure
-            usage = Usage(prompt_tokens=len(token_ids), completion_tokens=len(self.texts), device_tokens=2)
-            yield TokenBatch((), "", "stop", usage)
-        finally:
-            await asyncio.sleep(0.001)  # a real backend tells its engine
-            self.closed.set()
-
-    async def warehouse_stats(self) -> Mapping[str, Any]:
-        return {"num_blocks": 3}
-
-
-@contextmanager
-def serving(backend: ScriptedBackend, settings: HttpSettings | None = None) -> Iterator[str]:
-    """The base URL of a server before `backend`."""
-    app = build_app(backend, settings, clock=lambda: 42.5, rng=random.Random(1))
-    config = uvicorn.Config(app, lifespan="off", ws="none", log_config=None, timeout_graceful_shutdown=WAIT_S)
-    server = uvicorn.Server(config)
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join(WAIT_S)
-            assert not thread.is_alive()
-
-
-@contextmanager
-def client_of(backend: ScriptedBackend, settings: HttpSettings | None = None) -> Iterator[httpx.Client]:
-    with serving(backend, settings) as url, httpx.Client(base_url=url, timeout=WAIT_S, trust_env=False) as client:
-        yield client
+from serving.http_settings import HttpSettings, hash_api_key
+from serving.protocol import SamplingParams
+from tests.serving.http_server import (
+    BODY,
+    CHAT,
+    ENDLESS,
+    MAX_MODEL_LEN,
+    SILENT,
+    WAIT_S,
+    ScriptedBackend,
+    but,
+    client_of,
+    serving,
+)
 
 
 @pytest.fixture(scope="module")
@@ -115,56 +38,6 @@ def events_of(response: httpx.Response) -> list[Any]:
     assert response.headers["content-type"].startswith("text/event-stream")
     data = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
     return [one if one == "[DONE]" else json.loads(one) for one in data]
-
-
-def raw(body: bytes) -> dict[str, Any]:
-    return {"content": body, "headers": {"content-type": "application/json"}}
-
-
-def but(**fields: Any) -> dict[str, Any]:
-    return {"json": {**BODY, **fields}}
-
-
-BAD_REQUESTS: dict[str, tuple[dict[str, Any], int, str | None, str]] = {
-    "empty body": (raw(b""), 400, None, "invalid_json"),
-    "malformed": (raw(b'{"model": '), 400, None, "invalid_json"),
-    "NaN": (raw(b'{"temperature": NaN}'), 400, None, "invalid_json"),
-    "lone surrogate": (raw(b'{"model": "\\ud800"}'), 400, None, "invalid_json"),
-    "deep": (raw(b"[" * 4000), 400, None, "invalid_json"),
-    "endless number": (raw(b'{"seed": ' + b"9" * 4000), 400, None, "invalid_json"),
-    "not an object": (raw(b"[]"), 400, None, "invalid_type"),
-    "not utf-8": (raw(b'{"model": "\xff"}'), 400, None, "invalid_json"),
-    "no content type": ({"content": b"{}"}, 415, None, "unsupported_content_type"),
-    "a form": ({"data": {"model": "tiny"}}, 415, None, "unsupported_content_type"),
-    "no model": ({"json": {"messages": BODY["messages"]}}, 400, "model", "missing_required_parameter"),
-    "unknown model": (but(model="gpt-9"), 404, "model", "model_not_found"),
-    "empty messages": (but(messages=[]), 400, "messages", "invalid_value"),
-    "wrong type": (but(messages=[{"role": "user", "content": 5}]), 400, "messages[0].content", "invalid_type"),
-    "out of range": (but(temperature=3), 400, "temperature", "invalid_value"),
-    "not supported": (but(n=2), 400, "n", "unsupported_parameter"),
-    "refused by the template": (
-        but(messages=[{"role": "assistant", "content": "hi"}]), 400, "messages", "chat_template_error",
-    ),
-    "prompt too long": (
-        but(messages=[{"role": "user", "content": "w " * 64}]), 400, "messages", "context_length_exceeded",
-    ),
-    "answer too long": (but(max_tokens=62), 400, "max_tokens", "context_length_exceeded"),
-    "session id": (
-        {**but(), "headers": {"x-session-id": "a b"}}, 400, "x-session-id", "invalid_value",
-    ),
-    "too large": (but(user="x" * 5000), 413, None, "request_too_large"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BAD_REQUESTS)
-def test_a_bad_request_is_answered_in_openais_shape(client: httpx.Client, name: str) -> None:
-    sent, status, param, code = BAD_REQUESTS[name]
-    response = client.post(CHAT, **sent)
-    error = response.json()["error"]
-    assert (response.status_code, error["param"], error["code"]) == (status, param, code)
-    assert error["type"] == "invalid_request_error"
-    assert set(error) == {"message", "type", "param", "code"}
-    assert error["message"]
 
 
 def test_a_large_body_without_a_length_is_stopped_too(client: httpx.Client) -> None:
@@ -222,7 +95,12 @@ def test_keys_guard_everything_but_health() -> None:
         assert client.get("/health").status_code == 200
         for header in (None, "Bearer wrong", "sésame", "Basic sésame", "Bearer"):
             headers = {} if header is None else {b"authorization": header.encode()}
-            for response in (client.get("/v1/models", headers=headers), client.post(CHAT, headers=headers)):
+            for response in (
+                client.get("/v1/models", headers=headers),
+                client.get("/metrics", headers=headers),
+                client.post(CHAT, headers=headers),
+                client.post("/v1/completions", headers=headers),
+            ):
                 assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
         for key in ("sésame", "other"):
             response = client.post(CHAT, json=BODY, headers={b"authorization": f"Bearer {key}".encode()})

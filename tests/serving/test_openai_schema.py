@@ -2,163 +2,107 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from serving.chat import ChatMessage
+from serving.chat_schema import ChatCompletionRequest
 from serving.http_errors import from_pydantic
-from serving.openai_schema import ChatCompletionRequest, CompletionUsage
-from serving.protocol import Usage
+from serving.openai_schema import CompletionUsage, GenerationRequest
+from serving.protocol import SamplingParams, Usage
+from serving.text_schema import CompletionRequest
 
 USER = {"role": "user", "content": "hello"}
 
 
-def parse(**fields: Any) -> ChatCompletionRequest:
-    return ChatCompletionRequest.model_validate({"model": "m", "messages": [USER], **fields})
+SCHEMAS: list[type[GenerationRequest]] = [ChatCompletionRequest, CompletionRequest]
 
 
-def refusal(**fields: Any) -> tuple[str | None, str | None]:
-    """`(param, code)` of the error for a body with `fields`."""
-    body = {"model": "m", "messages": [USER], **fields}
-    with pytest.raises(ValidationError) as caught:
-        ChatCompletionRequest.model_validate(body)
-    error = from_pydantic(caught.value, body)
-    assert error.status == 400
-    return error.param, error.code
+@pytest.fixture(params=SCHEMAS)
+def schema(request: pytest.FixtureRequest) -> type[GenerationRequest]:
+    kind: type[GenerationRequest] = request.param
+    return kind
 
 
-def test_defaults_are_those_of_openai() -> None:
-    sampling = parse().sampling(max_tokens=7, default_seed=11)
-    assert (sampling.max_tokens, sampling.temperature, sampling.top_p) == (7, 1.0, 1.0)
-    assert (sampling.seed, sampling.stop) == (11, ())
-    assert parse().requested_max_tokens is None
-    assert parse().use_cache
+def parse(schema: type[GenerationRequest], **fields: Any) -> GenerationRequest:
+    return schema.model_validate({"model": "m", "messages": [USER], "prompt": "hello", **fields})
 
 
-def test_null_is_the_same_as_absent() -> None:
-    names = set(ChatCompletionRequest.model_fields) - {"model", "messages"}
-    asked = parse(**dict.fromkeys(names))
-    assert asked.sampling(7, 11) == parse().sampling(7, 11)
+@pytest.mark.parametrize(
+    ("fields", "sampling"),
+    [
+        ({}, SamplingParams(7, seed=11)),
+        ({"temperature": 0}, SamplingParams(7, temperature=0.0, seed=11)),
+        ({"temperature": 1.5}, SamplingParams(7, temperature=1.5, seed=11)),
+        ({"top_p": 0.5}, SamplingParams(7, top_p=0.5, seed=11)),
+        ({"top_k": 40}, SamplingParams(7, top_k=40, seed=11)),
+        ({"top_k": -1}, SamplingParams(7, seed=11)),
+        ({"top_k": 0}, SamplingParams(7, seed=11)),
+        ({"min_p": 0.25}, SamplingParams(7, min_p=0.25, seed=11)),
+        ({"presence_penalty": -2}, SamplingParams(7, presence_penalty=-2.0, seed=11)),
+        ({"frequency_penalty": 2}, SamplingParams(7, frequency_penalty=2.0, seed=11)),
+        ({"repetition_penalty": 1.1}, SamplingParams(7, repetition_penalty=1.1, seed=11)),
+        ({"logit_bias": {"5": -100, "0": 1.5}}, SamplingParams(7, logit_bias=((5, -100.0), (0, 1.5)), seed=11)),
+        ({"min_tokens": 3}, SamplingParams(7, min_tokens=3, seed=11)),
+        ({"ignore_eos": True}, SamplingParams(7, ignore_eos=True, seed=11)),
+        ({"stop_token_ids": [5, 6]}, SamplingParams(7, stop_token_ids=(5, 6), seed=11)),
+        ({"seed": 0}, SamplingParams(7, seed=0)),
+        ({"stop": "x"}, SamplingParams(7, stop=("x",), seed=11)),
+        ({"stop": ["x", "y"]}, SamplingParams(7, stop=("x", "y"), seed=11)),
+    ],
+)
+def test_each_parameter_reaches_the_sampling(
+    schema: type[GenerationRequest], fields: dict[str, Any], sampling: SamplingParams
+) -> None:
+    assert parse(schema, **fields).sampling(7, 11) == sampling
+
+
+def test_every_field_of_the_sampling_can_be_set(schema: type[GenerationRequest]) -> None:
+    fields = {
+        "temperature": 0.5, "top_p": 0.5, "seed": 3, "stop": "x", "top_k": 3, "min_p": 0.5, "presence_penalty": 1,
+        "frequency_penalty": 1, "repetition_penalty": 2, "logit_bias": {"1": 1}, "min_tokens": 1, "ignore_eos": True,
+        "stop_token_ids": [1], "logprobs": True if schema is ChatCompletionRequest else 0,
+    }  # fmt: skip
+    sampling, plain = parse(schema, **fields).sampling(9, 11), SamplingParams(7, seed=11)
+    assert [name for name in SamplingParams.__slots__ if getattr(sampling, name) == getattr(plain, name)] == []
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+FIELDS = sorted({*ChatCompletionRequest.model_fields, *CompletionRequest.model_fields, "role", "content"})
+
+
+@settings(deadline=None, max_examples=150)
+@given(fields=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4), kind=st.sampled_from(SCHEMAS))
+def test_any_json_is_a_request_or_a_clear_refusal(fields: dict[str, Any], kind: type[GenerationRequest]) -> None:
+    body = {"model": "m", "messages": [USER], "prompt": "hello", **fields}
+    try:
+        asked = kind.model_validate(body)
+    except ValidationError as error:
+        refusal = from_pydantic(error, body)
+        assert (refusal.status, bool(refusal.param), bool(refusal.message)) == (400, True, True)
+        assert json.loads(refusal.body())
+    else:
+        asked.unsupported_parameter()
+        asked.named_token_ids()
+        asked.sampling(7, 11)
+
+
+def test_choices_and_named_tokens(schema: type[GenerationRequest]) -> None:
+    assert (parse(schema).num_choices, parse(schema, n=16).num_choices) == (1, 16)
+    named = parse(schema, logit_bias={"5": 1, "7": 1}, stop_token_ids=[3]).named_token_ids()
+    assert named == {"logit_bias": [5, 7], "stop_token_ids": [3]}
+
+
+def test_null_is_the_same_as_absent(schema: type[GenerationRequest]) -> None:
+    names = set(schema.model_fields) - {"model", "messages", "prompt"}
+    asked = parse(schema, **dict.fromkeys(names))
+    assert asked.sampling(7, 11) == parse(schema).sampling(7, 11)
+    assert (asked.num_choices, asked.include_usage, asked.use_cache) == (1, False, True)
     assert asked.unsupported_parameter() is None
-
-
-def test_zero_is_not_taken_for_absent() -> None:
-    sampling = parse(temperature=0, seed=0).sampling(7, 11)
-    assert (sampling.temperature, sampling.seed) == (0.0, 0)
-
-
-@pytest.mark.parametrize("seed", [-(2**63), -1, 0, 2**63 - 1])
-def test_any_int64_is_a_seed(seed: int) -> None:
-    assert parse(seed=seed).sampling(7, 11).seed == seed
-
-
-@pytest.mark.parametrize(("stop", "expected"), [("x", ("x",)), (["x", "yy"], ("x", "yy")), ([], ())])
-def test_stop_is_a_string_or_a_list(stop: object, expected: tuple[str, ...]) -> None:
-    assert parse(stop=stop).sampling(7, 11).stop == expected
-
-
-def test_the_newer_name_of_max_tokens_counts() -> None:
-    assert parse(max_tokens=3).requested_max_tokens == ("max_tokens", 3)
-    assert parse(max_tokens=3, max_completion_tokens=5).requested_max_tokens == ("max_completion_tokens", 5)
-
-
-def test_text_parts_are_joined_and_developer_becomes_system() -> None:
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    messages = [
-        {"role": "developer", "content": "rules"},
-        {"role": "user", "content": parts, "name": "Ann"},
-        {"role": "assistant", "content": None},
-        {"role": "assistant"},
-    ]
-    assert parse(messages=messages).chat_messages() == [
-        ChatMessage("system", "rules"),
-        ChatMessage("user", "a\nb", "Ann"),
-        ChatMessage("assistant", ""),
-        ChatMessage("assistant", ""),
-    ]
-
-
-def test_unknown_fields_are_ignored_except_in_our_own_extension() -> None:
-    assert parse(store=True, metadata={"a": "b"}, nonsense=[1]).unsupported_parameter() is None
-    assert not parse(tokenloft={"cache": False}).use_cache
-    assert refusal(tokenloft={"cahce": False}) == ("tokenloft.cahce", "unknown_parameter")
-
-
-@pytest.mark.parametrize(
-    ("fields", "param", "code"),
-    [
-        ({"model": 5}, "model", "invalid_type"),
-        ({"messages": []}, "messages", "invalid_value"),
-        ({"messages": "hi"}, "messages", "invalid_type"),
-        ({"messages": ["hi"]}, "messages[0]", "invalid_type"),
-        ({"messages": [USER, {"role": "user"}]}, "messages[1].content", "missing_required_parameter"),
-        ({"messages": [{"content": "x"}]}, "messages[0].role", "missing_required_parameter"),
-        ({"messages": [{"role": "king", "content": "x"}]}, "messages[0].role", "invalid_value"),
-        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "invalid_type"),
-        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "missing_required_parameter"),
-        ({"messages": [{"role": "user", "content": []}]}, "messages[0].content", "invalid_type"),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
-            "messages[0].content[0].type",
-            "invalid_value",
-        ),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
-            "messages[0].content[0].text",
-            "missing_required_parameter",
-        ),
-        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls", "invalid_value"),
-        ({"temperature": "1"}, "temperature", "invalid_type"),
-        ({"temperature": True}, "temperature", "invalid_type"),
-        ({"temperature": 2.1}, "temperature", "invalid_value"),
-        ({"temperature": float("inf")}, "temperature", "invalid_value"),
-        ({"top_p": 0}, "top_p", "invalid_value"),
-        ({"top_p": 1.01}, "top_p", "invalid_value"),
-        ({"max_tokens": 0}, "max_tokens", "invalid_value"),
-        ({"max_tokens": 1.0}, "max_tokens", "invalid_type"),
-        ({"max_completion_tokens": -1}, "max_completion_tokens", "invalid_value"),
-        ({"seed": 2**63}, "seed", "invalid_value"),
-        ({"stop": ""}, "stop", "invalid_value"),
-        ({"stop": ["a", ""]}, "stop[1]", "invalid_value"),
-        ({"stop": list("abcde")}, "stop", "invalid_type"),
-        ({"stream": "yes"}, "stream", "invalid_type"),
-        ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
-        ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage", "invalid_type"),
-        ({"tokenloft": True}, "tokenloft", "invalid_type"),
-        ({"n": "2"}, "n", "invalid_type"),
-    ],
-)
-def test_a_wrong_field_is_named(fields: dict[str, Any], param: str, code: str) -> None:
-    assert refusal(**fields) == (param, code)
-
-
-@pytest.mark.parametrize(
-    ("param", "value", "neutral"),
-    [
-        ("n", 2, 1),
-        ("tools", [{"type": "function"}], []),
-        ("tool_choice", "auto", "none"),
-        ("functions", [{}], []),
-        ("function_call", "auto", "none"),
-        ("response_format", {"type": "json_object"}, {"type": "text"}),
-        ("logprobs", True, False),
-        ("top_logprobs", 3, 0),
-        ("logit_bias", {"5": 1}, {}),
-        ("presence_penalty", 0.5, 0),
-        ("frequency_penalty", -0.5, 0.0),
-        ("modalities", ["text", "audio"], ["text"]),
-        ("audio", {"voice": "x"}, None),
-        ("web_search_options", {}, None),
-        ("top_k", 5, -1),
-        ("min_p", 0.1, 0),
-        ("repetition_penalty", 1.1, 1.0),
-        ("min_tokens", 3, 0),
-        ("ignore_eos", True, False),
-        ("stop_token_ids", [5], []),
-    ],
-)
-def test_what_we_cannot_do_is_refused_unless_it_asks_for_nothing(param: str, value: object, neutral: object) -> None:
-    assert parse(**{param: value}).unsupported_parameter() == param
-    assert parse(**{param: neutral}).unsupported_parameter() is None
 
 
 def test_usage_splits_the_prompt_by_tier_and_role() -> None:
@@ -173,6 +117,7 @@ def test_usage_splits_the_prompt_by_tier_and_role() -> None:
         decode_computed_tokens=9,
         load_s=0.25,
         ttft_s=0.5,
+        saved_s=1.5,
         reason="longest match",
     )
     assert json.loads(CompletionUsage.of(usage).as_json()) == {
@@ -191,6 +136,7 @@ def test_usage_splits_the_prompt_by_tier_and_role() -> None:
             "computed": {"prefill": 16, "decode": 9},
             "load_s": 0.25,
             "ttft_s": 0.5,
+            "saved_s": 1.5,
             "route": "longest match",
         },
     }

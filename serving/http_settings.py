@@ -1,0 +1,34 @@
+"""Limits and keys of the HTTP edge."""
+
+import hashlib
+import hmac
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class HttpSettings:
+    """See the module's docstring."""
+
+    max_body_bytes: int = 16 * 2**20
+    max_requests: int = 256
+    """Requests for completions in progress, waiting or streaming; one more is told to come back later."""
+    api_key_hashes: frozenset[bytes] = frozenset()
+    """From `hash_api_key`; empty: no key is asked for. `/health` never asks for one."""
+    retry_after_s: int = 5
+    """What a client is told to wait while the model is not ready."""
+
+    def accepts(self, authorization: str) -> bool:
+        """Whether the header `authorization`, decoded as Latin-1, has a known key, or none is asked for."""
+        if not self.api_key_hashes:
+            return True
+        scheme, _, key = authorization.partition(" ")
+        # Starlette decodes headers as Latin-1; this gives back the bytes that came. Every known key is compared,
+        # so that the time taken says nothing about which one came close.
+        presented = hashlib.sha256(key.strip().encode("latin-1")).digest()
+        matches = [hmac.compare_digest(presented, one) for one in self.api_key_hashes]
+        return scheme.lower() == "bearer" and any(matches)
+
+
+def hash_api_key(key: str) -> bytes:
+    """The form in which keys are kept and compared."""
+    return hashlib.sha256(key.encode("utf-8")).digest()
