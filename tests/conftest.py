@@ -1,10 +1,11 @@
 """Fixtures shared by all tests, the `--tau-bench` option, and figures that the summary shows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.ray_session import private_ray
 from tests.tiny_models import build_tiny_model
 
 TAU_BENCH_TEST = "test_tau_bench.py"
@@ -44,3 +45,10 @@ def report_figure(pytestconfig: pytest.Config) -> Callable[[str], None]:
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny random Llama with a tokenizer and a chat template."""
     return build_tiny_model(tmp_path_factory.mktemp("tiny_model") / "llama")
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[str]:
+    """One private Ray for all tests that run in this process; gives the id of its node."""
+    with private_ray() as node_id:
+        yield node_id

@@ -119,7 +119,6 @@ class Server:
         self.model = model
         self._settings = {**SMALL, **(settings or {}), "ray.temp_dir": home.ray_directory}
         self._process: subprocess.Popen[bytes] | None = None
-        self._num_cached_turns = 0
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=300.0, trust_env=False)
 
     def __repr__(self) -> str:
@@ -238,9 +237,7 @@ class Server:
         """Ask greedily. Raises AssertionError for anything but a whole answer."""
         body = self.body(messages, max_tokens, use_cache=use_cache)
         headers = {} if session_id is None else {"x-session-id": session_id}
-        answer = self._stream(body, headers) if stream else self._whole(body, headers)
-        self._num_cached_turns += use_cache
-        return answer
+        return self._stream(body, headers) if stream else self._whole(body, headers)
 
     def _whole(self, body: dict[str, Any], headers: dict[str, str]) -> ChatAnswer:
         started = time.monotonic()
@@ -284,15 +281,10 @@ class Server:
         return dict(store)
 
     def settle(self) -> None:
-        """Wait until every turn that `chat` was answered is committed and on disk."""
-
-        def is_settled() -> bool:
-            stats = self.stats()
-            decode = add_up(stats["engines"]["decode"])
-            num_turns = decode["committed_turns"] + decode["dropped_turns"]
-            return num_turns >= self._num_cached_turns and not any(store["dirty_bytes"] for store in stats["stores"])
-
-        wait_until(is_settled, "all turns are on disk")
+        """Wait until every turn that was answered is committed and on disk."""
+        # An engine keeps a turn's blocks until it is committed; only then does the store know what it has to write.
+        wait_until(lambda: not self.counters()["decode"]["num_used_blocks"], "all turns are committed")
+        wait_until(lambda: not self.store()["dirty_bytes"], "all turns are on disk")
 
 
 def add_up(engines: Sequence[Mapping[str, float]]) -> Counter[str]:

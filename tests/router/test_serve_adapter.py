@@ -1,17 +1,11 @@
 """TargetRouter on a real local Ray Serve: three replicas, and an ingress that calls them all at once."""
 
 import asyncio
-import os
-import secrets
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
@@ -66,32 +60,10 @@ def _app() -> serve.Application:
 
 
 @pytest.fixture(scope="module")
-def gateway() -> Iterator[DeploymentHandle[Any]]:
-    # A short path: the sockets in it have names of up to 107 characters.
-    folder = Path(tempfile.mkdtemp(prefix="tl-", dir="/tmp"))
-    token = folder / "token"
-    token.write_text(secrets.token_hex(32))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("RAY_worker_niceness", "0")
-        # Token authentication is on by default here. A token that is set already serves the whole run.
-        if "RAY_AUTH_TOKEN_PATH" not in os.environ:
-            patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
-        try:
-            ray.init(
-                address="local",
-                namespace="test-serve-adapter",
-                _temp_dir=str(folder),
-                include_dashboard=False,
-                num_cpus=2,
-                object_store_memory=100 * 2**20,
-            )
-            serve.start(proxy_location="Disabled")
-            yield serve.run(_app(), name="adapter", route_prefix=None)
-            serve.shutdown()  # type: ignore[no-untyped-call]
-        finally:
-            ray.shutdown()
-            shutil.rmtree(folder, ignore_errors=True)
+def gateway(local_ray: str) -> Iterator[DeploymentHandle[Any]]:
+    serve.start(proxy_location="Disabled")
+    yield serve.run(_app(), name="adapter", route_prefix=None)
+    serve.shutdown()  # type: ignore[no-untyped-call]
 
 
 @pytest.fixture(scope="module")
