@@ -51,6 +51,16 @@ def test_load_spreads_over_the_replicas(server: Server) -> None:
     assert min(grown) > 0, grown
 
 
+def wait_for_replicas(server: Server) -> None:
+    """Both decode replicas answer, the one that Serve had to start anew too."""
+
+    def are_there() -> bool:
+        engines = server.stats()["engines"]["decode"]
+        return isinstance(engines, list) and len(engines) == 2
+
+    wait_until(are_there, "two decode replicas answer", 120.0)
+
+
 def stream_and_kill(server: Server, messages: list[dict[str, str]], num_tokens: int, **options: Any) -> ChatAnswer:
     """Stream an answer, and SIGKILL the decode replica that computes it when a third has come."""
     before = dict(zip(server.replica_pids("decode"), [0, 0], strict=False))
@@ -87,7 +97,7 @@ def test_a_killed_decode_replica_does_not_interrupt_its_streams(
     whole = Checker(plain_model_dir, NUM_TOKENS)
     answer = stream_and_kill(server, messages, NUM_TOKENS)
     whole.check(whole.render(messages), answer)
-    wait_until(lambda: len(server.replica_pids("decode")) == 2, "Serve starts another replica", 120.0)
+    wait_for_replicas(server)
     play(server, checker, in_rounds([Dialogue(each) for each in SHORT[:2]]), Memory())
 
 
@@ -95,12 +105,13 @@ def test_a_killed_replica_does_not_change_what_is_sampled(server: Server) -> Non
     messages = [{"role": "user", "content": "Draw at random."}]
     options = {"temperature": 1.0, "seed": 11}
     undisturbed = server.client.post("/v1/chat/completions", json=server.body(messages, NUM_TOKENS) | options)
-    wait_until(lambda: len(server.replica_pids("decode")) == 2, "both replicas are there", 120.0)
+    wait_for_replicas(server)
     answer = stream_and_kill(server, messages, NUM_TOKENS, **options)
     assert answer.text == undisturbed.json()["choices"][0]["message"]["content"]
 
 
 def test_a_killed_node_store_comes_back_with_its_disk(server: Server, checker: Checker) -> None:
+    wait_for_replicas(server)
     dialogues = [Dialogue(each) for each in SHORT[6:9]]
     play(server, checker, in_rounds(dialogues), Memory())
     server.settle()
