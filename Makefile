@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint
+.PHONY: help setup serve test soak lint
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/'
@@ -28,6 +28,9 @@ serve: setup  ## Set up, then serve on 127.0.0.1:8000
 
 test: setup  ## Set up, then run the whole suite
 	$(BIN)/python -m pytest
+
+soak: setup  ## Set up, then five minutes of load
+	$(BIN)/python -m pytest -m soak
 
 lint: setup  ## Style, format, types and layer order
 	$(BIN)/ruff check .

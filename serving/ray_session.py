@@ -36,6 +36,8 @@ def prepare_environment(token_directory: Path | None = None) -> None:
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(ensure_token(directory))
     # At Ray's default niceness of 15 an engine loses its core to anything else on the machine.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # Ray would keep a record of every call in its GCS: 25 MiB a minute at ten turns a second.
+    os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,5 +1,6 @@
 """What prefill and decode replicas have in common: an engine, opened from plain options in the replica's process."""
 
+import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,8 +13,13 @@ from transformers import AutoTokenizer
 from cache.actor import connect
 from cache.client import WarehouseClient
 from cache.fingerprint import Fingerprint
-from serving.engine.engine import Engine, EngineConfig
+from cache.hashing import as_token_ids, chain_hashes
+from serving.engine.engine import Engine, EngineConfig, EngineStopped
 from serving.engine.runner import ModelRunner
+from serving.engine.sequence import EngineRequest, Listener
+from serving.protocol import SamplingParams, TokenBatch
+
+WARM_UP_TIMEOUT_S = 600.0
 
 Handle = Any
 """A deployment handle. Ray's own annotations deny that its streams can be iterated."""
@@ -82,6 +88,7 @@ class Replica:
             layout.bytes_per_token,
         )
         self.engine.start()
+        warm_up(self.engine)
 
     def _connect(self, node_id: str | None) -> WarehouseClient:
         return connect(node_id or self.node_id, is_local=node_id in (None, self.node_id))
@@ -93,6 +100,36 @@ class Replica:
 
     def close(self) -> None:
         self.engine.stop()
+
+
+def warm_up(engine: Engine) -> None:
+    """Compute a chunk and a decode step, so that the first request does not pay for reading the weights in.
+
+    It also gives the engine a first measure of its speed, which the router reckons with. The counters do not keep it.
+    """
+    num_tokens = max(1, min(engine.config.step_tokens, engine.max_request_tokens - 2))
+    token_ids = as_token_ids(range(num_tokens)) % 2
+    root = Fingerprint("warm-up", "", "", "", engine.config.block_size).root_hash()
+    is_done = threading.Event()
+
+    def on_batch(batch: TokenBatch) -> None:
+        if batch.finish_reason is not None:
+            is_done.set()
+
+    engine.submit(
+        EngineRequest(
+            "warm-up",
+            token_ids,
+            root,
+            tuple(chain_hashes(root, token_ids, engine.config.block_size)),
+            SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True),
+            use_cache=False,
+        ),
+        Listener(on_batch),
+    )
+    if not is_done.wait(WARM_UP_TIMEOUT_S):
+        raise EngineStopped(f"the engine computed nothing in {WARM_UP_TIMEOUT_S:.0f} s")
+    engine.reset_counters()
 
 
 def resolve_device(device: str) -> str:

@@ -17,6 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--tau-bench", metavar="FILE", type=Path, help="JSON of conversations (tau-bench) to play on the default model"
     )
+    parser.addoption("--soak-minutes", metavar="N", type=float, default=5.0, help="length of the soak (default 5)")
     parser.addoption("--tau-bench-count", metavar="N", type=int, default=5, help="how many of them (default 5)")
 
 

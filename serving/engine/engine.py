@@ -200,6 +200,10 @@ class Engine:
             "decode_step_s": self._speed.decode_step_s,
         }
 
+    def reset_counters(self) -> None:
+        """Start counting anew, between two steps."""
+        self._post(self.counters.clear)
+
     def check_integrity(self, timeout_s: float = 10.0) -> None:
         """Check the books between two steps. Raises AssertionError if they are off."""
         failures: list[AssertionError] = []

@@ -29,6 +29,7 @@ import httpx
 
 SILENCE_S = 120.0
 """A start that writes nothing to its log for so long has hung. There is no limit on the whole."""
+READY = "ready after"
 STOP_S = 90.0
 POLL_S = 0.1
 LOG_TAIL_CHARS = 6000
@@ -129,7 +130,7 @@ class Server:
     def __enter__(self) -> Self:
         try:
             self._process = spawn(self.home, self.command())
-            self._wait_until_healthy()
+            self._wait_until_ready()
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
             raise
@@ -156,10 +157,11 @@ class Server:
         assert self._process is not None, "the server was never started"
         return self._process.pid
 
-    def _wait_until_healthy(self) -> None:
+    def _wait_until_ready(self) -> None:
+        # Health is of the model, which answers as soon as one decode replica does; the log's word is for everything.
         assert self._process is not None
         size, quiet_since = -1, time.monotonic()
-        while not self.is_healthy():
+        while READY not in self.log_tail() or not self.is_healthy():
             assert self._process.poll() is None, f"the server ended with status {self._process.returncode}"
             grown = self.home.log_path.stat().st_size
             if grown != size:
@@ -271,9 +273,15 @@ class Server:
         return stats
 
     def counters(self) -> dict[str, Counter[str]]:
-        """Counters by role, those of all engines of a role added up."""
-        engines = self.stats()["engines"]
-        return {role: add_up(engines.get(role, [])) for role in ("decode", "prefill")}
+        """Counters by role, those of all engines of a role added up; waits while a role does not answer."""
+        deadline = time.monotonic() + STOP_S
+        while True:
+            engines = self.stats()["engines"]
+            # Instead of its engines' counters a role may have a text that says why there are none.
+            if not any(isinstance(each, str) for each in engines.values()):
+                return {role: add_up(engines.get(role, [])) for role in ("decode", "prefill")}
+            assert time.monotonic() < deadline, f"no counters: {engines}"
+            time.sleep(POLL_S)
 
     def store(self) -> dict[str, Any]:
         """State of the one node store."""
