@@ -18,7 +18,7 @@ from cache.ledger import Budgets as StoreBudgets
 from cache.messages import StoreStats
 from cache.node_store import NodeStoreConfig
 from router.policy import PolicyConfig
-from serving.config import OBJECT_STORE_FILL, Budgets, Config, warehouse_directory
+from serving.config import OBJECT_STORE_FILL, Budgets, Config, DecodeConfig, PrefillConfig, warehouse_directory
 from serving.decode import DecodeReplica
 from serving.errors import LaunchError
 from serving.gateway import Gateway, GatewayOptions
@@ -29,6 +29,7 @@ from serving.prefill import PrefillReplica
 from serving.replica import EngineOptions
 
 APP_NAME = "tokenloft"
+MAX_PREFILL_REQUESTS = 256
 SPARE_GATEWAY_REQUESTS = 256
 """What the gateway takes beyond `http.max_requests`: health, metrics, and those that it refuses itself."""
 STOP_TIMEOUT_S = 20.0
@@ -54,11 +55,11 @@ def build_application(plan: Plan) -> Any:
     config = plan.config
     prefill = None
     if config.prefill.replicas:
-        prefill = _deployment(PrefillReplica, "prefill", config.prefill.replicas, 256).bind(
+        prefill = _deployment(PrefillReplica, "prefill", config.prefill, MAX_PREFILL_REQUESTS).bind(
             engine_options(plan, "prefill")
         )
     timeouts = HandoffTimeouts(config.prefill.accept_timeout_s, config.prefill.progress_timeout_s)
-    decode = _deployment(DecodeReplica, "decode", config.decode.replicas, config.decode.max_ongoing_requests).bind(
+    decode = _deployment(DecodeReplica, "decode", config.decode, config.decode.max_ongoing_requests).bind(
         engine_options(plan, "decode"), timeouts, prefill
     )
     gateway: Any = serve.deployment(
@@ -71,14 +72,14 @@ def build_application(plan: Plan) -> Any:
     return gateway.bind(gateway_options(plan), decode, prefill)
 
 
-def _deployment(replica_class: type, name: str, num_replicas: int, max_ongoing_requests: int) -> Any:
+def _deployment(replica_class: type, name: str, config: PrefillConfig | DecodeConfig, max_ongoing_requests: int) -> Any:
     return serve.deployment(
         replica_class,
         name=name,
-        num_replicas=num_replicas,
+        num_replicas=config.replicas,
         max_ongoing_requests=max_ongoing_requests,
         # Engines set their own threads; Ray's CPU resource would only keep replicas from being placed.
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "num_gpus": config.gpus},
         request_router_config=RequestRouterConfig(request_router_class=_TARGET_ROUTER),
         graceful_shutdown_timeout_s=STOP_TIMEOUT_S,
         graceful_shutdown_wait_loop_s=0.5,

@@ -116,6 +116,7 @@ class PrefillConfig(Section):
     """The prefill deployment."""
 
     replicas: int = Field(default=1, ge=0, description="Number of replicas; 0: decode computes every prompt")
+    gpus: float = Field(default=0.0, ge=0, description="GPUs that Ray sets aside for each; 0.5: two on one")
     threads: int | None = Field(default=None, ge=1, description="CPU threads of each; null: an even share")
     chunk_tokens: int = Field(default=256, ge=1, description="Tokens computed in one step and handed off together")
     pool_bytes: Bytes | None = Field(default=None, gt=0, description="KV pool of each; null: a share of memory")
@@ -130,6 +131,7 @@ class DecodeConfig(Section):
     """The decode deployment."""
 
     replicas: int = Field(default=1, ge=1, description="Number of replicas")
+    gpus: float = Field(default=0.0, ge=0, description="GPUs that Ray sets aside for each; 0.5: two on one")
     threads: int | None = Field(default=None, ge=1, description="CPU threads of each; null: an even share")
     chunk_tokens: int = Field(default=256, ge=1, description="Most tokens computed in one step")
     max_running: int = Field(default=16, ge=1, description="Most sequences decoded together by one replica")

@@ -38,6 +38,12 @@ def refused(path: Path | None, *overrides: str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize("path", sorted(LOCAL_YAML.parent.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_config_that_ships_is_valid(path: Path) -> None:
+    config = load_config(path)
+    resolve_budgets(config, 64 * GIB, 2000 * GIB, 16)
+
+
 class TestLocalYaml:
     def test_is_exactly_the_defaults(self) -> None:
         assert load_config(LOCAL_YAML) == Config() == load_config(None)
