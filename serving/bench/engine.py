@@ -66,11 +66,12 @@ class EngineBench:
         self._vocab_size = runner.vocab_size
         tokenizer: Any = AutoTokenizer.from_pretrained(options.model_dir, local_files_only=True)
         longest = max((*options.prefill_tokens, PROMPT_OF_DECODE + options.decode_tokens))
-        most = max(options.decode_sequences) * (PROMPT_OF_DECODE + options.decode_tokens)
+        num_sequences = max(options.decode_sequences, default=0)
+        most = num_sequences * (PROMPT_OF_DECODE + options.decode_tokens + BLOCK_SIZE)
         config = EngineConfig(
             "decode",
             "bench",
-            num_blocks=2 + max(longest, most + BLOCK_SIZE * max(options.decode_sequences)) // BLOCK_SIZE,
+            num_blocks=2 + max(longest, most) // BLOCK_SIZE,
             block_size=BLOCK_SIZE,
             step_tokens=options.chunk_tokens,
             num_threads=options.num_threads,

@@ -24,6 +24,7 @@ from tests.serving.engine.harness import (
     prompt_of,
     running,
 )
+from tests.tiny_models import FAMILIES, build_tiny_model
 
 GREEDY = 0.0
 
@@ -365,3 +366,23 @@ def test_device_reuse_is_reported_by_tier(tiny_model_dir: Path, tmp_path: Path) 
         tiers = usage.device_tokens, usage.dram_tokens, usage.disk_tokens, usage.remote_tokens
         assert sum(tiers) + usage.prefill_tokens + usage.decode_computed_tokens == usage.prompt_tokens
         assert Tier.DEVICE.value == "device"
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "llama"])
+def test_every_family_reuses_its_turns_and_answers_as_the_oracle(family: str, tmp_path: Path) -> None:
+    model_dir = build_tiny_model(tmp_path / family, family=family, seed=1)
+    oracle = Oracle(model_dir)
+    with open_store(tmp_path / "store") as store:
+        with running(make_engine(model_dir, store, replica_id="a")) as engine:
+            prompt = prompt_of(100)
+            first = engine.greedy(prompt, 12)
+            oracle.check(prompt, first.token_ids, 12)
+            second_prompt = [*prompt, *first.token_ids, *prompt_of(7, seed=9)]
+            second = engine.greedy(second_prompt, 12)
+            oracle.check(second_prompt, second.token_ids, 12)
+            assert second.cost.device_tokens >= len(prompt) + len(first.token_ids) - 1
+        assert store.flush()
+        with running(make_engine(model_dir, store, replica_id="b")) as engine:
+            again = engine.greedy(second_prompt, 12)
+            assert again.token_ids == second.token_ids
+            assert again.cost.dram_tokens >= len(second_prompt) - 1

@@ -236,7 +236,7 @@ def test_nobody_starves_and_no_block_is_lost(seed: int) -> None:
     # Prompts share beginnings, a request may fill the whole pool.
     heads = [[rng.randrange(50) for _ in range(20)] for _ in range(3)]
     num_added = num_cancelled = 0
-    for turn in range(600):
+    for turn in range(1700):  # times six seeds: 10,200 steps, and then the drain
         if rng.random() < 0.15:
             prompt = rng.choice(heads)[: rng.randint(0, 20)] + [rng.randrange(50) for _ in range(rng.randint(1, 10))]
             max_tokens = rng.randint(1, 10 * BLOCK_SIZE - len(prompt))
