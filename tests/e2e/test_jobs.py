@@ -6,7 +6,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import httpx
@@ -17,6 +18,7 @@ from tests.e2e.server import ServerHome, free_port, kill_if_there, session_proce
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
+SUBMIT_ATTEMPTS = 30
 
 
 class RunningRay:
@@ -58,9 +60,16 @@ class RunningRay:
         )
         return done.stdout + done.stderr
 
-    def takes_jobs(self) -> bool:
-        command = [ray_command(), "job", "list", "--address", f"http://127.0.0.1:{self._dashboard_port}"]
-        return subprocess.run(command, env=self._environment, capture_output=True, check=False).returncode == 0
+    def submit(self, entrypoint: Sequence[str]) -> str:
+        """Submit a job and return its id. A Ray that has just started can't be reached, then has no agent yet."""
+        for attempt in range(SUBMIT_ATTEMPTS):
+            submission_id = f"tokenloft-{attempt}"
+            options = ["--working-dir", ".", "--no-wait", "--submission-id", submission_id]
+            said = self.job("submit", *options, "--", *entrypoint)
+            if "submitted successfully" in said:
+                return submission_id
+            time.sleep(2.0)
+        raise AssertionError(f"no agent took the job: {said}")
 
     def titles(self) -> list[str]:
         return list(session_processes(self._process.pid).values())
@@ -85,7 +94,6 @@ def running_ray() -> Iterator[tuple[RunningRay, ServerHome]]:
     with ServerHome() as home:
         cluster = RunningRay(home)
         try:
-            wait_until(lambda: cluster.takes_jobs(), "the new Ray takes jobs", 90.0)
             yield cluster, home
         finally:
             cluster.close()
@@ -96,17 +104,14 @@ def test_a_job_serves_until_it_is_stopped(running_ray: tuple[RunningRay, ServerH
     port = free_port()
     sizes = ["--set=cache.dram_bytes=50MB", "--set=cache.handoff_bytes=20MB", "--set=decode.pool_bytes=32MB"]
     serve = [sys.executable, "-m", "serving", "serve", "--config", "configs/local.yaml", "--port", str(port)]
-    said = cluster.job(
-        "submit", "--working-dir", ".", "--no-wait", "--submission-id", "tokenloft-test", "--",
-        *serve, "--model", str(plain_model_dir), "--warehouse", str(home.warehouse), *sizes,
-    )  # fmt: skip
-    assert "submitted successfully" in said, said
+    arguments = [*serve, "--model", str(plain_model_dir), "--warehouse", str(home.warehouse), *sizes]
+    submission_id = cluster.submit(arguments)
     url = f"http://127.0.0.1:{port}"
     wait_until(lambda: answers(url), "the job's server is healthy", 150.0)
     body = {"model": plain_model_dir.name, "messages": [{"role": "user", "content": "Hi."}], "max_tokens": 5}
     assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60.0).status_code == 200
 
-    cluster.job("stop", "tokenloft-test")
+    cluster.job("stop", submission_id)
     ours = ("ray::ServeReplica:tokenloft", "ray::NodeStoreActor")
     wait_until(lambda: not [t for t in cluster.titles() if t.startswith(ours)], "what the job started has ended", 60.0)
     assert not answers(url)
