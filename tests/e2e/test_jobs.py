@@ -40,6 +40,9 @@ class RunningRay:
         options = {
             "port": free_port(),
             "dashboard-port": self._dashboard_port,
+            # Fixed by default: beside another Ray on the machine the agent could not listen, and would take no jobs.
+            "dashboard-agent-listen-port": free_port(),
+            "ray-client-server-port": free_port(),
             "temp-dir": home.ray_directory,
             "num-cpus": 2,
             "object-store-memory": 200_000_000,
