@@ -198,9 +198,10 @@ class RayStorePort:
         if time.monotonic() < self._retry_at:
             raise StoreUnavailable(f"node store {self.node_id} failed a moment ago")
         try:
-            if self._handle is None:
-                self._handle = ray.get_actor(actor_name(self.node_id), namespace=NAMESPACE)
-            return ray.get(getattr(self._handle, method).remote(*args), timeout=timeout_s)
+            handle = self._handle  # another thread's failure may set it to None at any time
+            if handle is None:
+                handle = self._handle = ray.get_actor(actor_name(self.node_id), namespace=NAMESPACE)
+            return ray.get(getattr(handle, method).remote(*args), timeout=timeout_s)
         except (ray.exceptions.RayError, FolderError, ValueError, TimeoutError) as error:
             self._handle = None
             self._retry_at = time.monotonic() + self._retry_s

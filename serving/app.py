@@ -13,7 +13,7 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
-from cache.actor import NodeStoreOptions, start_node_store, stop_node_store
+from cache.actor import NodeStoreOptions, find_node_store, start_node_store, stop_node_store
 from cache.ledger import Budgets as StoreBudgets
 from cache.messages import StoreStats
 from cache.node_store import NodeStoreConfig
@@ -156,15 +156,17 @@ def node_stores(config: Config, budgets: Budgets) -> Iterator[dict[str, StoreSta
     """Node stores on all nodes that are alive, by node id; written out and ended when the block ends.
 
     They belong to this process, so that they end with it however it ends. Raises FolderError if a folder can't be
-    used.
+    used, LaunchError if another server runs on this Ray: its node stores are not ours to share or to end.
     """
     handles: list[Any] = []
-    nodes: Any = ray.nodes()  # type: ignore[no-untyped-call]
+    everyone: Any = ray.nodes()  # type: ignore[no-untyped-call]
+    nodes = [node for node in everyone if node["Alive"]]
+    if any(find_node_store(node["NodeID"]) is not None for node in nodes):
+        raise LaunchError("another tokenloft serves on this Ray already: stop it, or give this one a Ray of its own")
     try:
         for node in nodes:
-            if node["Alive"]:
-                fitted = fit_object_store(budgets, node["Resources"].get("object_store_memory", 0.0))
-                handles.append(start_node_store(node["NodeID"], node_store_options(config, fitted)))
+            fitted = fit_object_store(budgets, node["Resources"].get("object_store_memory", 0.0))
+            handles.append(start_node_store(node["NodeID"], node_store_options(config, fitted)))
         stats = [ray.get(handle.stats.remote()) for handle in handles]
         yield {each.node_id: each for each in stats}
     finally:

@@ -12,6 +12,7 @@ import random
 import threading
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -156,12 +157,15 @@ class Gateway:
                     delivered.open_choices(),
                 )
                 try:
-                    async for batch in relay(self._decode, request):
-                        reservation.prefilled()
-                        delivered.note(batch)
-                        yield self._with_savings(batch)
+                    async with aclosing(relay(self._decode, request)) as batches:
+                        async for batch in batches:
+                            reservation.prefilled()
+                            delivered.note(batch)
+                            yield self._with_savings(batch)
                     return
                 except ReplicaLost as lost:
+                    if not delivered.open_choices():
+                        return  # the client has it all; only the end of the stream was lost
                     logger.warning("%s lost its replica (%s): going on with another one", request_id, lost)
             if reservation.decision.decode_replica is not None:
                 self._router.forget_replica(reservation.decision.decode_replica)

@@ -1,6 +1,6 @@
 """What prefill and decode replicas have in common: an engine, opened from plain options in the replica's process."""
 
-import threading
+import queue
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -110,11 +110,11 @@ def warm_up(engine: Engine) -> None:
     num_tokens = max(1, min(engine.config.step_tokens, engine.max_request_tokens - 2))
     token_ids = as_token_ids(range(num_tokens)) % 2
     root = Fingerprint("warm-up", "", "", "", engine.config.block_size).root_hash()
-    is_done = threading.Event()
+    last: queue.Queue[TokenBatch] = queue.Queue()
 
     def on_batch(batch: TokenBatch) -> None:
         if batch.finish_reason is not None:
-            is_done.set()
+            last.put(batch)
 
     engine.submit(
         EngineRequest(
@@ -127,8 +127,12 @@ def warm_up(engine: Engine) -> None:
         ),
         Listener(on_batch),
     )
-    if not is_done.wait(WARM_UP_TIMEOUT_S):
-        raise EngineStopped(f"the engine computed nothing in {WARM_UP_TIMEOUT_S:.0f} s")
+    try:
+        batch = last.get(timeout=WARM_UP_TIMEOUT_S)
+    except queue.Empty:
+        raise EngineStopped(f"the engine computed nothing in {WARM_UP_TIMEOUT_S:.0f} s") from None
+    if batch.finish_reason != "length":
+        raise EngineStopped(batch.text)
     engine.reset_counters()
 
 

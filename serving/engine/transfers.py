@@ -233,7 +233,7 @@ class Transfers:
 
         False if it has nothing that may be stored; then it goes back to waiting at once.
         """
-        if self._loader is None or not sequence.request.use_cache:
+        if self._loader is None or not sequence.request.use_cache or not sequence.num_computed:
             return False
 
         def on_stored(is_stored: bool) -> None:

@@ -1,5 +1,6 @@
 """Sequences that lose their blocks, are forked, or come from another engine: nothing is computed twice."""
 
+import time
 from pathlib import Path
 
 from serving.protocol import SamplingParams
@@ -45,15 +46,15 @@ def test_without_a_warehouse_a_preempted_sequence_is_recomputed(tiny_model_dir: 
 def test_a_cancel_while_blocks_are_offloaded_gives_them_back_once(tiny_model_dir: Path, tmp_path: Path) -> None:
     with open_store(tmp_path) as store, running(make_engine(tiny_model_dir, store, num_blocks=20)) as engine:
         for round_ in range(5):
-            ids = [f"{round_}-{i}" for i in range(4)]
-            pending = [
-                engine.submit(prompt_of(60, seed=i), SamplingParams(100, seed=i), request_id=request_id)
-                for i, request_id in enumerate(ids)
-            ]
-            pending[0].first()
             before = engine.engine.stats()["preemptions"]
-            while engine.engine.stats()["preemptions"] == before and pending[0].batches.qsize() < 90:
-                pass
+            ids = [f"{round_}-{i}" for i in range(4)]
+            for i, request_id in enumerate(ids):
+                params = SamplingParams(100, seed=i, ignore_eos=True)
+                engine.submit(prompt_of(60, seed=i), params, request_id=request_id)
+            deadline = time.monotonic() + 10.0
+            while engine.engine.stats()["preemptions"] == before and time.monotonic() < deadline:
+                time.sleep(0.001)
+            assert engine.engine.stats()["preemptions"] > before
             for request_id in ids:
                 engine.engine.cancel(request_id)
             engine.engine.check_integrity()
