@@ -151,7 +151,7 @@ class CacheConfig(Section):
     min_free_bytes: Bytes = Field(default=GIB, description="Disk space always left free")
     handoff_bytes: Bytes | None = Field(default=None, description="KV between prefill and decode; null: automatic")
     fsync: bool = Field(default=True, description="false: faster writes that a power cut may lose")
-    lease_ttl_s: float = Field(default=60.0, gt=0, description="An unrenewed claim on an extent ends after this")
+    lease_ttl_s: float = Field(default=60.0, gt=0, description="A claim on an extent ends after this")
 
 
 class RouterConfig(Section):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 
+from cache.tiers.disk import extent_files
 from serving.config import Budgets, Config, resolve_budgets, warehouse_directory
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -71,4 +72,4 @@ def _is_dir(path: Path) -> bool:
 
 
 def _held_bytes(warehouse: Path) -> int:
-    return sum(path.stat().st_size for path in warehouse.glob("extents/*/*/*.kv"))
+    return sum(path.stat().st_size for path in extent_files(warehouse))

@@ -2,9 +2,8 @@
 
 import http.client
 import json
-import sqlite3
 import urllib.request
-from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cache.errors import FolderError
+from cache.tiers.disk import INDEX_NAME
+from cache.tiers.index_db import IndexDamaged, read_totals
 from serving.config import Config, warehouse_directory
 
 TIMEOUT_S = 5.0
@@ -44,27 +45,14 @@ def show_stats(config: Config, *, as_json: bool, out: TextIO) -> None:
 
 def read_folder(directory: Path) -> dict[str, Any] | None:
     """Totals of the folder's index, read beside a running owner; None if there is no index."""
-    path = directory / "index.sqlite"
+    path = directory / INDEX_NAME
     if not path.exists():
         return None
     try:
-        # As a URI, which escapes what would end the path.
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
-            row = db.execute(
-                "SELECT COUNT(*), TOTAL(image_bytes), TOTAL(LENGTH(block_hashes) / 16), TOTAL(LENGTH(token_ids) / 4), "
-                "COUNT(DISTINCT root_hash) FROM extents WHERE is_complete = 1"
-            ).fetchone()
-    except sqlite3.Error as error:
-        raise FolderError(f"the index of {directory} can't be read: {error}") from error
-    extents, num_bytes, blocks, tokens, models = row
-    return {
-        "directory": str(directory),
-        "num_extents": int(extents),
-        "num_blocks": int(blocks),
-        "num_tokens": int(tokens),
-        "num_fingerprints": int(models),
-        "disk_bytes": int(num_bytes),
-    }
+        totals = read_totals(path)
+    except IndexDamaged as damage:
+        raise FolderError(f"the index of {directory} can't be read: {damage}") from damage
+    return {"directory": str(directory), **asdict(totals)}
 
 
 def ask_server(config: Config) -> dict[str, Any] | None:

@@ -33,12 +33,13 @@ LOCK_WAIT_S = 10.0
 """A killed owner's lock can outlive it by seconds."""
 MAX_QUARANTINED = 4
 """They are outside the disk budget."""
+INDEX_NAME = "index.sqlite"
 _FORMAT = "format.json"
 _OWN_NAMES = {
     "lock",
-    "index.sqlite",
-    "index.sqlite-wal",
-    "index.sqlite-shm",
+    INDEX_NAME,
+    f"{INDEX_NAME}-wal",
+    f"{INDEX_NAME}-shm",
     "extents",
     "tmp",
     "quarantine",
@@ -145,7 +146,7 @@ class FileTier:
             )
 
     def _open_index(self) -> IndexDb:
-        path = self.directory / "index.sqlite"
+        path = self.directory / INDEX_NAME
         try:
             return IndexDb(path)
         except IndexDamaged as damage:
@@ -163,7 +164,7 @@ class FileTier:
         is kept: the rename made it so. A row without a file goes.
         """
         states = db.states()
-        files = list((self.directory / "extents").glob("*/*/*.kv"))
+        files = extent_files(self.directory)
         unknown = [path for path in files if not states.get(path.stem)]
         if unknown:
             self._report(f"checking {len(unknown)} extents that the index of {self.directory} does not vouch for")
@@ -271,6 +272,11 @@ class FileTier:
         with self._guard:
             self._db.close()
         os.close(self._lock_fd)
+
+
+def extent_files(directory: Path) -> list[Path]:
+    """All extents in a warehouse's folder, whether its index knows them or not."""
+    return list(directory.glob("extents/*/*/*.kv"))
 
 
 def write_all(fd: int, content: bytes | memoryview) -> None:

@@ -8,12 +8,14 @@ true only if the last owner closed the index with no write under way.
 import os
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from cache.extent import ExtentHeader, KVShape
-from cache.hashing import BlockHash, as_token_ids, pack_hashes, unpack_hashes
+from cache.hashing import HASH_BYTES, BlockHash, as_token_ids, pack_hashes, unpack_hashes
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS extents (
@@ -42,6 +44,31 @@ _OPEN, _CLOSED = 0, 1  # values of SQLite's user_version
 
 class IndexDamaged(Exception):
     """The database can't be read; the files' headers can replace it."""
+
+
+@dataclass(frozen=True, slots=True)
+class IndexTotals:
+    """What the durable extents of a folder add up to."""
+
+    num_extents: int
+    num_blocks: int
+    num_tokens: int
+    num_fingerprints: int
+    disk_bytes: int
+
+
+def read_totals(path: Path) -> IndexTotals:
+    """Totals of an index, read beside a running owner. Raises IndexDamaged."""
+    try:
+        # As a URI, which escapes what would end the path.
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+            row = db.execute(
+                f"SELECT COUNT(*), TOTAL(LENGTH(block_hashes) / {HASH_BYTES}), TOTAL(LENGTH(token_ids) / 4), "
+                "COUNT(DISTINCT root_hash), TOTAL(image_bytes) FROM extents WHERE is_complete = 1"
+            ).fetchone()
+    except sqlite3.Error as error:
+        raise IndexDamaged(str(error)) from error
+    return IndexTotals(*(int(each) for each in row))
 
 
 class IndexDb:

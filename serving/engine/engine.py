@@ -16,15 +16,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, ParamSpec, TypeVar
 
-import torch
-
 from serving.engine.block_pool import BlockPool, PoolMatch
 from serving.engine.detokenizer import IncrementalDetokenizer, Tokenizer
 from serving.engine.kv_pool import KVPool
 from serving.engine.loader import ConnectStore, Loader
 from serving.engine.logits import LogitsRow, check_params, ends_answer
 from serving.engine.measure import REPORT_INTERVAL_S, Reporter, Speed
-from serving.engine.runner import ModelRunner
+from serving.engine.runner import ModelRunner, set_num_threads
 from serving.engine.sampler import Sampled, sample
 from serving.engine.scheduler import ScheduledPart, Scheduler
 from serving.engine.sequence import EngineRequest, Listener, Sequence, Status
@@ -238,7 +236,7 @@ class Engine:
     # -- the step loop ------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        torch.set_num_threads(self.config.num_threads)
+        set_num_threads(self.config.num_threads)
         reason = "the engine is shutting down"
         try:
             while not self._is_stopping:

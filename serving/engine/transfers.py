@@ -214,13 +214,12 @@ class Transfers:
             sequence.num_registered_blocks = index + 1
 
     def commit(self, sequence: Sequence) -> None:
-        """The sequence has left the scheduler: keep its blocks, then give them back."""
+        """The sequence has left the scheduler: keep its blocks. `release_if_idle` gives them back."""
         request = sequence.request
         if request.use_cache and request.handoff_owner is None and sequence.num_computed:
             self._register_tail(sequence)
             if self._loader is not None:
                 self._store(sequence, self._whole_offer(sequence), self._on_committed)
-        self.release_if_idle(sequence)
 
     def _whole_offer(self, sequence: Sequence) -> StoreOffer:
         """Everything of the sequence that has KV, the partial block at the end too."""
@@ -262,8 +261,7 @@ class Transfers:
         def finish(is_stored: bool) -> None:
             sequence.num_stores_in_flight -= 1
             on_stored(is_stored)
-            if sequence.status is Status.FINISHED:
-                self.release_if_idle(sequence)
+            self.release_if_idle(sequence)
 
         table = tuple(sequence.block_table)
         self._loader.store(StoreJob(offer, table, lambda is_stored: self._post(lambda: finish(is_stored))))
