@@ -20,7 +20,8 @@ from cache.events import DeviceBlocks, EventBatch, ReplicaLoad, Tier
 from cache.extent import Image
 from cache.messages import LoadGrant, LoadQuery, StoreGrant, StoreOffer, StoreStats
 from cache.node_store import NodeStore, NodeStoreConfig
-from cache.tiers.disk import LOCK_WAIT_S, FileTier
+from cache.tiers.disk import FileTier
+from cache.tiers.folder import LOCK_WAIT_S
 from cache.tiers.object_store import ObjectStoreTier, read_object
 
 NAMESPACE = "tokenloft"

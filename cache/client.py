@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
-
 from cache.errors import ExtentCorrupt, StoreUnavailable
 from cache.events import DeviceBlocks, ReplicaLoad, Tier
 from cache.extent import ExtentHeader, Image, SealedHeader, aligned_empty, allocate_image, parse_header, seal
+from cache.hashing import TOKEN_BYTES, pack_tokens
 from cache.messages import LoadGrant, LoadPiece, LoadQuery, StoreGrant, StoreOffer
 from cache.tiers.disk import read_all, read_sealed_header
 
@@ -116,7 +115,7 @@ class WarehouseClient:
             num_tokens = min(query.block_size, piece.num_tokens - at * query.block_size)
             verify_block(sealed, index, payload, query, piece.first_block + at, num_tokens)
             num_bytes += len(payload)
-            stored_tokens = len(sealed.header.block_token_ids(index))
+            stored_tokens = len(sealed.header.block_tokens(index)) // TOKEN_BYTES
             yield Block(piece.first_block + at, num_tokens, stored_tokens, payload, piece.tier)
         speed = self.speeds.setdefault(piece.tier, TierSpeed())
         speed.num_bytes += num_bytes
@@ -202,12 +201,12 @@ def verify_block(
         raise ExtentCorrupt("the extent belongs to another fingerprint")
     if header.block_size != query.block_size or index >= header.num_blocks:
         raise ExtentCorrupt("the extent has other blocks than its index says")
-    parent = header.block_hashes[index - 1] if index else header.parent_hash
+    parent = header.block_hash(index - 1) if index else header.parent_hash
     expected = query.block_hashes[block_index - 1] if block_index else query.root_hash
     if parent != expected:
         raise ExtentCorrupt("the block follows another history")
     start = block_index * query.block_size
-    wanted = query.token_ids[start : start + num_tokens]
-    if not np.array_equal(header.block_token_ids(index)[:num_tokens], wanted):
+    wanted = pack_tokens(query.token_ids[start : start + num_tokens])
+    if not header.block_tokens(index).startswith(wanted):
         raise ExtentCorrupt("the block holds other tokens")
     sealed.verify_block(index, payload)

@@ -14,8 +14,8 @@ once and never changed. Nothing in here is pickled.
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
 
 import msgpack
 import numpy as np
@@ -23,96 +23,174 @@ import numpy.typing as npt
 import xxhash
 
 from cache.errors import ExtentCorrupt
-from cache.hashing import HASH_BYTES, BlockHash, TokenIds, as_token_ids, pack_hashes, unpack_hashes
+from cache.hashing import (
+    HASH_BYTES,
+    TOKEN_BYTES,
+    BlockHash,
+    TokenIds,
+    iter_hashes,
+    pack_hashes,
+    pack_tokens,
+    unpack_tokens,
+)
 
 Image = npt.NDArray[np.uint8]
 
 MAGIC = b"TLEXTENT"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ALIGNMENT = 4096
 _PREFIX = struct.Struct("<8sIIQ")
 _CHECKSUM = np.dtype("<u8")
+_HEADER_ROOM = 512
+"""For everything in the header whose length does not depend on the number of blocks."""
+_ROOM_PER_BLOCK = HASH_BYTES + 16
+"""A hash, and a checksum or, encrypted, a tag."""
 
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
-    """Shape and dtype of one token's KV on one tensor-parallel rank."""
+    """Shape and dtype of one token's KV as it is stored, on one tensor-parallel rank. ValueError for another dtype.
+
+    `int8` has a scale for each token and head: per layer, and per key or value, a block holds
+
+        values, int8 (num_tokens, num_kv_heads, head_dim) | scales, float32 (num_tokens, num_kv_heads)
+    """
+
+    DTYPES: ClassVar[dict[str, tuple[int, int]]] = {
+        "float32": (4, 0),
+        "float16": (2, 0),
+        "bfloat16": (2, 0),
+        "float8_e4m3fn": (1, 0),
+        "int8": (1, 4),
+    }
+    """Bytes of a value, and bytes of the scale of a token's head."""
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     dtype: str
-    """`float32`, `float16` or `bfloat16`."""
+    """One of `DTYPES`."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in self.DTYPES:
+            raise ValueError(f"KV can't be stored as {self.dtype!r}, choose one of {', '.join(self.DTYPES)}")
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the keys, or of the values, of one token in one layer."""
+        value_bytes, scale_bytes = self.DTYPES[self.dtype]
+        return self.num_kv_heads * (self.head_dim * value_bytes + scale_bytes)
 
     @property
     def bytes_per_token(self) -> int:
-        itemsize = 4 if self.dtype == "float32" else 2
-        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * itemsize
+        return self.num_layers * 2 * self.row_bytes
 
 
-@dataclass(frozen=True)
+class Origin(NamedTuple):
+    """Who stored an extent, for purges; empty where nobody said."""
+
+    tenant: str = ""
+    session: str = ""
+
+
+NOBODY = Origin()
+
+
+@dataclass(frozen=True, slots=True)
 class ExtentHeader:
-    """What an extent holds. `token_ids` are those of all its blocks, `(num_tokens,)`."""
+    """What an extent holds. Compact, for a node store keeps one for each of its extents: see `make`."""
 
     root_hash: BlockHash
     parent_hash: BlockHash
-    block_hashes: tuple[BlockHash, ...]
-    token_ids: TokenIds
+    packed_hashes: bytes
+    """Hashes of its blocks, one after the other."""
+    packed_tokens: bytes
+    """Token ids of all its blocks as big-endian int32: the order of the bytes is the order of the ids."""
     block_size: int
     shape: KVShape
+    first_block: int = 0
+    """Position of its first block in the chain, in blocks."""
+    origin: Origin = NOBODY
+    extent_id: str = field(init=False, compare=False)
+    """Content address: the chain names the content. Hex, also the file's name."""
+
+    def __post_init__(self) -> None:
+        digest = xxhash.xxh3_128_hexdigest(self.root_hash + self.parent_hash + self.packed_hashes)
+        object.__setattr__(self, "extent_id", digest)
+
+    @classmethod
+    def make(
+        cls,
+        root_hash: BlockHash,
+        parent_hash: BlockHash,
+        block_hashes: Sequence[BlockHash],
+        token_ids: TokenIds,
+        block_size: int,
+        shape: KVShape,
+        first_block: int = 0,
+        origin: Origin = NOBODY,
+    ) -> "ExtentHeader":
+        """Of hashes and of token ids `(num_tokens,)`."""
+        packed = pack_hashes(block_hashes), pack_tokens(token_ids)
+        return cls(root_hash, parent_hash, *packed, block_size, shape, first_block, origin)
+
+    @property
+    def block_hashes(self) -> tuple[BlockHash, ...]:
+        return tuple(iter_hashes(self.packed_hashes))
+
+    @property
+    def token_ids(self) -> TokenIds:
+        return unpack_tokens(self.packed_tokens)
 
     @property
     def num_blocks(self) -> int:
-        return len(self.block_hashes)
+        return len(self.packed_hashes) // HASH_BYTES
 
     @property
     def num_tokens(self) -> int:
-        return len(self.token_ids)
+        return len(self.packed_tokens) // TOKEN_BYTES
 
     @property
     def is_tail(self) -> bool:
         return self.num_tokens < self.block_size
 
-    @cached_property
-    def extent_id(self) -> str:
-        """Content address: the chain names the content. Hex, also the file's name."""
-        digest = xxhash.xxh3_128(self.root_hash + self.parent_hash + pack_hashes(self.block_hashes))
-        return digest.hexdigest()
-
     @property
     def payload_bytes(self) -> int:
         return self.num_tokens * self.shape.bytes_per_token
 
-    @cached_property
+    @property
     def payload_offset(self) -> int:
-        return -(-(_PREFIX.size + len(self._packed(b"\0" * 8 * self.num_blocks))) // ALIGNMENT) * ALIGNMENT
+        names = len(self.origin.tenant) + len(self.origin.session)
+        header_bytes = _HEADER_ROOM + self.num_blocks * _ROOM_PER_BLOCK + len(self.packed_tokens) + 4 * names
+        return -(-header_bytes // ALIGNMENT) * ALIGNMENT
 
     @property
     def image_bytes(self) -> int:
         return self.payload_offset + self.payload_bytes
 
+    def block_hash(self, index: int) -> BlockHash:
+        return BlockHash(self.packed_hashes[index * HASH_BYTES : (index + 1) * HASH_BYTES])
+
+    def block_tokens(self, index: int) -> bytes:
+        """Packed token ids of block `index`."""
+        size = self.block_size * TOKEN_BYTES
+        return self.packed_tokens[index * size : (index + 1) * size]
+
     def block_token_ids(self, index: int) -> TokenIds:
-        return self.token_ids[index * self.block_size : (index + 1) * self.block_size]
+        return unpack_tokens(self.block_tokens(index))
+
+    def find_block(self, block_hash: BlockHash) -> int | None:
+        """Which of its blocks has this hash."""
+        for index in range(self.num_blocks):
+            if self.packed_hashes.startswith(block_hash, index * HASH_BYTES):
+                return index
+        return None
 
     def block_range(self, index: int) -> tuple[int, int]:
         """Where block `index` lies in the image: `(offset, end)` in bytes."""
-        offset = self.payload_offset + index * self.block_size * self.shape.bytes_per_token
-        return offset, offset + len(self.block_token_ids(index)) * self.shape.bytes_per_token
-
-    def _packed(self, checksums: bytes) -> bytes:
-        shape = self.shape
-        header = {
-            "root": self.root_hash,
-            "parent": self.parent_hash,
-            "hashes": pack_hashes(self.block_hashes),
-            "tokens": self.token_ids.tobytes(),
-            "block_size": self.block_size,
-            "shape": [shape.num_layers, shape.num_kv_heads, shape.head_dim],
-            "dtype": shape.dtype,
-            "checksums": checksums,
-        }
-        packed: bytes = msgpack.packb(header)
-        return packed
+        block_bytes = self.block_size * self.shape.bytes_per_token
+        offset = self.payload_offset + index * block_bytes
+        return offset, min(offset + block_bytes, self.image_bytes)
 
 
 def split_into_extents(header: ExtentHeader, max_bytes: int) -> list[ExtentHeader]:
@@ -126,10 +204,16 @@ def split_into_extents(header: ExtentHeader, max_bytes: int) -> list[ExtentHeade
 
 def slice_header(header: ExtentHeader, first: int, end: int) -> ExtentHeader:
     """The header of blocks `first..end` alone."""
-    parent = header.parent_hash if first == 0 else header.block_hashes[first - 1]
-    tokens = header.token_ids[first * header.block_size : end * header.block_size]
+    size = header.block_size * TOKEN_BYTES
     return ExtentHeader(
-        header.root_hash, parent, header.block_hashes[first:end], tokens, header.block_size, header.shape
+        header.root_hash,
+        header.parent_hash if first == 0 else header.block_hash(first - 1),
+        header.packed_hashes[first * HASH_BYTES : end * HASH_BYTES],
+        header.packed_tokens[first * size : end * size],
+        header.block_size,
+        header.shape,
+        header.first_block + first,
+        header.origin,
     )
 
 
@@ -148,11 +232,29 @@ def aligned_empty(num_bytes: int) -> Image:
 def seal(header: ExtentHeader, image: Image) -> None:
     """Write header and checksums in front of a payload that is in place."""
     sums = np.array([_checksum(image, *header.block_range(i)) for i in range(header.num_blocks)], _CHECKSUM)
-    packed = header._packed(sums.tobytes())
-    prefix = _PREFIX.pack(MAGIC, FORMAT_VERSION, len(packed), xxhash.xxh3_64_intdigest(packed))
-    front = prefix + packed
+    front = _pack_front(header, sums.tobytes())
+    if len(front) > header.payload_offset:
+        raise ValueError(f"a header of {len(front)} bytes does not fit before the payload at {header.payload_offset}")
     image[: len(front)] = np.frombuffer(front, np.uint8)
     image[len(front) : header.payload_offset] = 0
+
+
+def _pack_front(header: ExtentHeader, checksums: bytes) -> bytes:
+    shape = header.shape
+    fields = {
+        "root": header.root_hash,
+        "parent": header.parent_hash,
+        "hashes": header.packed_hashes,
+        "tokens": header.packed_tokens,
+        "block_size": header.block_size,
+        "first_block": header.first_block,
+        "origin": list(header.origin),
+        "shape": [shape.num_layers, shape.num_kv_heads, shape.head_dim],
+        "dtype": shape.dtype,
+        "checksums": checksums,
+    }
+    packed: bytes = msgpack.packb(fields)
+    return _PREFIX.pack(MAGIC, FORMAT_VERSION, len(packed), xxhash.xxh3_64_intdigest(packed)) + packed
 
 
 def _checksum(image: Image, offset: int, end: int) -> int:
@@ -219,14 +321,9 @@ def _unpack(packed: bytes) -> SealedHeader:
         raw = msgpack.unpackb(packed)
         num_layers, num_kv_heads, head_dim = raw["shape"]
         shape = KVShape(num_layers, num_kv_heads, head_dim, raw["dtype"])
-        header = ExtentHeader(
-            BlockHash(raw["root"]),
-            BlockHash(raw["parent"]),
-            tuple(unpack_hashes(raw["hashes"])),
-            as_token_ids(np.frombuffer(raw["tokens"], "<i4")),
-            raw["block_size"],
-            shape,
-        )
+        chain = BlockHash(raw["root"]), BlockHash(raw["parent"]), bytes(raw["hashes"]), bytes(raw["tokens"])
+        place = int(raw["first_block"]), Origin(*raw["origin"])
+        header = ExtentHeader(*chain, int(raw["block_size"]), shape, *place)
         checksums = tuple(int(c) for c in np.frombuffer(raw["checksums"], _CHECKSUM))
     except (ValueError, KeyError, TypeError) as error:
         raise ExtentCorrupt(f"the header can't be read: {error}") from error
@@ -240,7 +337,9 @@ def _is_consistent(header: ExtentHeader) -> bool:
     num_full_tokens = header.num_blocks * header.block_size
     is_whole = header.num_tokens == num_full_tokens or (header.num_blocks == 1 and header.is_tail)
     is_hash = len(header.root_hash) == len(header.parent_hash) == HASH_BYTES
-    return is_hash and is_whole and header.num_tokens > 0 and header.block_size > 0
+    is_packed = not len(header.packed_hashes) % HASH_BYTES and not len(header.packed_tokens) % TOKEN_BYTES
+    is_placed = header.first_block >= 0 and all(isinstance(each, str) for each in header.origin)
+    return is_hash and is_packed and is_placed and is_whole and header.num_tokens > 0 and header.block_size > 0
 
 
 def chain_header(
@@ -251,13 +350,16 @@ def chain_header(
     end: int,
     block_size: int,
     shape: KVShape,
+    origin: Origin = NOBODY,
 ) -> ExtentHeader:
     """Header of the full blocks `first..end` of a chain given from its root."""
-    return ExtentHeader(
+    return ExtentHeader.make(
         root_hash,
         block_hashes[first - 1] if first else root_hash,
-        tuple(block_hashes[first:end]),
+        block_hashes[first:end],
         token_ids[first * block_size : end * block_size],
         block_size,
         shape,
+        first,
+        origin,
     )

@@ -21,9 +21,31 @@ HASH_BYTES = 16
 """128 bits of BLAKE2b: a collision needs about 2**64 blocks."""
 
 
+TOKEN_BYTES = 4
+
+
 def as_token_ids(token_ids: Sequence[int] | TokenIds) -> TokenIds:
     """The ids as little-endian int32 of shape `(num_tokens,)`, the form that is hashed and stored."""
     return np.ascontiguousarray(token_ids, dtype="<i4")
+
+
+def pack_tokens(token_ids: TokenIds) -> bytes:
+    """Ids as big-endian bytes, whose order is the order of the ids: how they are kept and compared."""
+    return token_ids.astype(">i4").tobytes()
+
+
+def unpack_tokens(packed: bytes) -> TokenIds:
+    """The inverse of `pack_tokens`."""
+    return np.frombuffer(packed, ">i4").astype("<i4")
+
+
+def common_tokens(a: bytes, b: bytes) -> int:
+    """Number of leading ids that two packed runs share."""
+    length = min(len(a), len(b)) // TOKEN_BYTES
+    if a[: length * TOKEN_BYTES] == b[: length * TOKEN_BYTES]:
+        return length
+    same = np.frombuffer(a, ">i4", length) == np.frombuffer(b, ">i4", length)
+    return int(np.argmin(same))
 
 
 def block_hash(parent_hash: BlockHash, token_ids: TokenIds) -> BlockHash:

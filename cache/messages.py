@@ -1,10 +1,10 @@
 """What readers and writers say to a node store, and what it answers: plain frozen values."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from cache.events import Tier
-from cache.extent import ExtentHeader, KVShape
+from cache.extent import NOBODY, ExtentHeader, KVShape, Origin
 from cache.hashing import BlockHash, TokenIds
 
 
@@ -23,8 +23,7 @@ class LoadQuery:
     """Leases go by owner, usually a request id; `complete_load(owner)` ends them."""
 
 
-@dataclass(frozen=True, slots=True)
-class LoadPiece:
+class LoadPiece(NamedTuple):
     """Consecutive blocks that lie together in one extent."""
 
     extent_id: str
@@ -67,6 +66,7 @@ class StoreOffer:
     """Set for a handoff: leased to this owner, outside the cache's budget, never dropped by write-behind."""
     is_transient: bool = False
     """Forgotten as soon as its leases end, and never written to disk (handoff with the cache switched off)."""
+    origin: Origin = NOBODY
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,3 +102,41 @@ class StoreStats:
     dirty_bytes: int
     num_recovered_blocks: int
     counters: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class PurgeQuery:
+    """What to delete: extents to which everything that is given applies. ValueError if nothing is given."""
+
+    tenant: str | None = None
+    session: str | None = None
+    """Extents that this session stored, except those that hold history of another session too."""
+    root_hash: BlockHash | None = None
+    """One fingerprint."""
+
+    def __post_init__(self) -> None:
+        if self.tenant is None and self.session is None and self.root_hash is None:
+            raise ValueError("a purge needs a tenant, a session or a fingerprint")
+
+    def means(self, header: ExtentHeader) -> bool:
+        return (
+            self.tenant in (None, header.origin.tenant)
+            and self.session in (None, header.origin.session)
+            and self.root_hash in (None, header.root_hash)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PurgeReceipt:
+    """What a purge has deleted. Bytes count whole images, headers included."""
+
+    num_extents: int = 0
+    num_blocks: int = 0
+    num_tokens: int = 0
+    dram_bytes: int = 0
+    disk_bytes: int = 0
+    num_files: int = 0
+    num_kept_blocks: int = 0
+    """Blocks of the session that are also the history of another one, and stay for it."""
+    num_left: int = 0
+    """Extents that a lookup still found afterwards; anything but 0 means that the disk refused to delete."""

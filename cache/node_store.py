@@ -1,8 +1,8 @@
 """The node store: one node's warehouse, in process and without Ray.
 
 It puts the ledger's decisions into effect on a dram tier and a disk tier. Every public method may be called
-from any thread: decisions are made under one lock, bytes move outside it. One thread of its own writes
-extents behind, deletes files, promotes, and lets the leases of dead owners lapse.
+from any thread: decisions are made under one lock, bytes move outside it. `cache.disk_worker` moves them
+between the tiers and lets the leases of dead owners lapse.
 
 `cache.actor` wraps this object in a Ray actor; a script can use it as it is.
 """
@@ -11,17 +11,18 @@ import logging
 import threading
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from cache.disk_worker import DiskConfig, DiskWorker
 from cache.errors import ExtentCorrupt, StoreUnavailable
 from cache.events import DeviceBlocks, Event, EventBatch, EventLog, ReplicaGone, ReplicaLoad, Tier
-from cache.extent import ExtentHeader, Image, verify_image
+from cache.extent import Image
+from cache.extent_tree import Run
 from cache.hashing import BlockHash, iter_hashes
-from cache.holdings import Place
-from cache.ledger import Budgets, Drop, Ledger
-from cache.messages import LoadGrant, LoadPiece, LoadQuery, StoreGrant, StoreOffer, StoreStats
+from cache.ledger import Ledger
+from cache.messages import LoadGrant, LoadPiece, LoadQuery, PurgeQuery, PurgeReceipt, StoreGrant, StoreOffer, StoreStats
+from cache.occupancy import Budgets
 from cache.tiers.interface import DiskTier, DramTier
 
 logger = logging.getLogger("tokenloft.warehouse")
@@ -32,13 +33,10 @@ class NodeStoreConfig:
     """Limits of one node store; times in seconds."""
 
     budgets: Budgets
-    min_free_bytes: int = 1 << 30
-    """The disk tier stops growing when the file system has less than this free."""
+    disk: DiskConfig = field(default_factory=DiskConfig)
     lease_ttl_s: float = 60.0
     store_wait_s: float = 5.0
     """How long an offer waits for another writer of the same blocks, or for room, before it is refused."""
-    disk_retry_s: float = 5.0
-    """After an I/O error the disk is tried again this often."""
     replica_ttl_s: float = 30.0
     """An engine that has not reported for this long is gone."""
 
@@ -65,14 +63,13 @@ class NodeStore:
         self._events = EventLog(node_id, uuid.uuid4().hex, self._snapshot)
         self._ledger = Ledger(config.budgets, self._events.append, lease_ttl_s=config.lease_ttl_s)
         self._devices: dict[str, _Device] = {}
-        self._removals: deque[_Removal] = deque()
-        self._promotions: dict[str, None] = {}
-        self._degraded: str | None = None
-        self._retry_disk_at = 0.0
-        self._is_closing = False
-        self._num_recovered_blocks = self._recover()
-        self._writer = threading.Thread(target=self._run_writer, name="tokenloft-write-behind", daemon=True)
-        self._writer.start()
+        self._is_closed = False
+        self._worker = DiskWorker(config.disk, self._ledger, self._changed, dram, disk, clock, self._expire)
+        if disk is not None:
+            with self._changed:
+                self._worker.apply(self._ledger.disk.recover(disk.recover()))
+        self._num_recovered_blocks = self._ledger.held.num_blocks
+        self._worker.start()
 
     def __repr__(self) -> str:
         return f"<NodeStore {self._events.node_id} {self._ledger!r} disk={self._disk!r}>"
@@ -83,44 +80,27 @@ class NodeStore:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _recover(self) -> int:
-        if self._disk is None:
-            return 0
-        with self._changed:
-            for header in self._disk.recover():
-                if not self._ledger.recover(header):
-                    # An extent that could not be deleted, and whose blocks were stored again.
-                    self._removals.append(_Removal(header.extent_id))
-            self._apply(self._ledger.shrink_disk())
-            return self._ledger.num_blocks
-
     # -- reading ------------------------------------------------------------------------------------
 
     def prepare_load(self, query: LoadQuery) -> LoadGrant:
         """Find and lease the stored continuation of a prompt."""
         with self._changed:
-            places, num_tokens = self._ledger.prepare_load(query, self._clock())
-            return LoadGrant(self._pieces(query, places, num_tokens), num_tokens)
+            runs = self._ledger.prepare_load(query, self._clock())
+            if not runs:
+                return LoadGrant()
+            num_tokens = runs[-1].first_block * query.block_size + runs[-1].num_tokens
+            return LoadGrant(tuple(self._piece(run) for run in runs), num_tokens)
 
-    def _pieces(self, query: LoadQuery, places: list[Place], num_tokens: int) -> tuple[LoadPiece, ...]:
-        pieces: list[LoadPiece] = []
-        at = 0
-        while at < len(places):
-            extent, position = places[at]
-            end = at + 1
-            while end < len(places) and places[end] == (extent, position + end - at):
-                end += 1
-            first = query.first_block + at
-            tokens = min((first + end - at) * query.block_size, num_tokens) - first * query.block_size
-            tier = Tier.DRAM if extent.in_dram else Tier.DISK
-            if tier is Tier.DISK and self._ledger.note_disk_hit(extent):
-                self._promotions[extent.extent_id] = None
-                self._changed.notify_all()
-            pieces.append(
-                LoadPiece(extent.extent_id, tier, first, tokens, position, self._source(extent.extent_id, tier))
-            )
-            at = end
-        return tuple(pieces)
+    def _piece(self, run: Run) -> LoadPiece:
+        extent = run.extent
+        extent_id = extent.header.extent_id
+        tier = Tier.DRAM if extent.in_dram else Tier.DISK
+        if tier is Tier.DISK and self._ledger.note_disk_hit(extent):
+            self._worker.promotions[extent_id] = None
+            self._changed.notify_all()
+        return LoadPiece(
+            extent_id, tier, run.first_block, run.num_tokens, run.index_in_extent, self._source(extent_id, tier)
+        )
 
     def _source(self, extent_id: str, tier: Tier) -> object:
         if tier is Tier.DRAM:
@@ -131,7 +111,7 @@ class NodeStore:
     def complete_load(self, owner: str) -> None:
         """End the leases of `owner`."""
         with self._changed:
-            self._apply(self._ledger.complete_load(owner))
+            self._worker.apply(self._ledger.complete_load(owner))
             self._changed.notify_all()
 
     def renew_lease(self, owner: str) -> None:
@@ -150,13 +130,7 @@ class NodeStore:
 
     def report_bad(self, extent_id: str, tier: Tier, reason: str) -> None:
         """A reader found an image corrupt or missing: quarantine it, so that it is a miss from now on."""
-        with self._changed:
-            drops = self._ledger.discard(extent_id, tier)
-            if not drops:
-                return
-            self._ledger.counters["quarantined_extents"] += 1
-            self._apply(drops, is_bad=True)
-        logger.warning("quarantined extent %s in %s: %s", extent_id, tier.value, reason)
+        self._worker.quarantine(extent_id, tier, reason)
 
     # -- storing ------------------------------------------------------------------------------------
 
@@ -164,15 +138,16 @@ class NodeStore:
         """Reserve room for the blocks that are missing; waits for another writer of the same ones, or for room."""
         deadline = self._clock() + self._config.store_wait_s
         with self._changed:
+            self._worker.watch()
             while True:
                 decision = self._ledger.prepare_store(offer, self._clock())
-                self._apply(decision.drops)
+                self._worker.apply(decision.drops)
                 if decision.granted or not (decision.is_busy or decision.is_full):
                     return StoreGrant(tuple(decision.granted), has_more=decision.has_more)
                 # A full handoff budget empties only when its reader is done: that may be never, so don't wait.
                 is_hopeless = decision.is_too_big or (decision.is_full and offer.handoff_owner is not None)
                 left = deadline - self._clock()
-                if left <= 0 or is_hopeless or self._is_closing:
+                if left <= 0 or is_hopeless or self._is_closed:
                     reason = "another writer is busy with these blocks" if decision.is_busy else "no room"
                     self._ledger.counters["refused_stores"] += 1
                     return StoreGrant(refusal=reason)
@@ -201,7 +176,7 @@ class NodeStore:
             return is_stored
 
     def _is_in_dram(self, extent_id: str) -> bool:
-        extent = self._ledger.find(extent_id)
+        extent = self._ledger.held.find(extent_id)
         return extent is not None and (extent.in_dram or extent.is_promoting)
 
     def abort_store(self, extent_ids: tuple[str, ...]) -> None:
@@ -210,6 +185,30 @@ class NodeStore:
             for extent_id in extent_ids:
                 self._ledger.abort_store(extent_id)
             self._changed.notify_all()
+
+    # -- purging ------------------------------------------------------------------------------------
+
+    def purge(self, query: PurgeQuery, wait_s: float = 10.0) -> PurgeReceipt:
+        """Delete what is meant from dram and disk, leased or not, and look whether anything is left."""
+        deadline = self._clock() + wait_s
+        with self._changed, self._worker.hurrying():
+            purged = self._ledger.purge(query)
+            self._worker.apply(purged.drops)
+            ids = {header.extent_id for header in purged.headers}
+            while self._clock() < deadline and self._worker.is_busy_with(ids):
+                self._changed.wait(0.05)
+        try:
+            if self._disk is not None:
+                self._disk.forget_deleted()
+        except OSError as error:
+            logger.warning("traces of purged extents may be left in %s: %s", self._disk, error)
+        return replace(purged.receipt, num_left=sum(self._is_left(extent_id) for extent_id in ids))
+
+    def _is_left(self, extent_id: str) -> bool:
+        with self._changed:
+            if self._ledger.held.find(extent_id) is not None:
+                return True
+        return self._disk is not None and self._disk.holds(extent_id)
 
     # -- events -------------------------------------------------------------------------------------
 
@@ -242,7 +241,7 @@ class NodeStore:
 
     def _snapshot(self) -> list[Event]:
         with self._changed:
-            events = self._ledger.snapshot()
+            events = self._ledger.held.snapshot()
             for replica_id, device in self._devices.items():
                 events.append(device.load)
                 events.append(DeviceBlocks(replica_id, b"".join(device.hashes), b""))
@@ -252,20 +251,21 @@ class NodeStore:
 
     def stats(self) -> StoreStats:
         with self._changed:
-            ledger, budgets = self._ledger, self._config.budgets
+            self._worker.watch()
+            ledger, room, budgets = self._ledger, self._ledger.room, self._config.budgets
             return StoreStats(
                 node_id=self._events.node_id,
                 directory=str(self._disk.directory) if self._disk is not None else None,
-                state=f"degraded: {self._degraded}" if self._degraded else "ok",
-                num_extents=ledger.num_extents,
-                num_blocks=ledger.num_blocks,
-                dram_bytes=ledger.used_bytes[Tier.DRAM],
+                state=f"degraded: {self._worker.degraded}" if self._worker.degraded else "ok",
+                num_extents=len(ledger.held),
+                num_blocks=ledger.held.num_blocks,
+                dram_bytes=room.used_bytes[Tier.DRAM],
                 dram_budget_bytes=budgets.dram_bytes,
-                disk_bytes=ledger.used_bytes[Tier.DISK],
+                disk_bytes=room.used_bytes[Tier.DISK],
                 disk_budget_bytes=budgets.disk_bytes,
-                handoff_bytes=ledger.handoff_bytes,
+                handoff_bytes=room.handoff_bytes,
                 handoff_budget_bytes=budgets.handoff_bytes,
-                dirty_bytes=ledger.dirty_bytes,
+                dirty_bytes=room.dirty_bytes,
                 num_recovered_blocks=self._num_recovered_blocks,
                 counters=dict(ledger.counters),
             )
@@ -278,11 +278,12 @@ class NodeStore:
     def flush(self, timeout_s: float = 30.0) -> bool:
         """Wait until everything stored is durable; False if it takes longer or the disk is down."""
         deadline = self._clock() + timeout_s
-        with self._changed:
-            while self._ledger.has_dirty and self._ledger.disk_accepts_writes:
+        with self._changed, self._worker.hurrying():
+            while self._ledger.has_dirty and self._ledger.room.disk_accepts_writes:
                 left = deadline - self._clock()
                 if left <= 0:
                     return False
+                self._worker.watch()
                 self._changed.wait(min(left, 0.5))
             return not self._ledger.has_dirty
 
@@ -290,171 +291,29 @@ class NodeStore:
         """Write what is dirty, then give up the folder. Safe to call twice."""
         self.flush()
         with self._changed:
-            if self._is_closing:
+            if self._is_closed:
                 return
-            self._is_closing = True
+            self._is_closed = True
             self._changed.notify_all()
-        self._writer.join()
+        if not self._worker.close(self._config.disk.write_timeout_s):
+            logger.warning("the warehouse's disk hangs: its folder is left as it is")
+            return
         if self._disk is None:
             return
         try:
-            self._disk.save_order(self._ledger.disk_order())
+            self._disk.save_order(list(self._ledger.held.policies[Tier.DISK].victims()))
         except OSError as error:
             logger.warning("the order of use could not be saved: %s", error)
         self._disk.close()
 
-    # -- the writer thread --------------------------------------------------------------------------
-
-    def _apply(self, drops: list[Drop], *, is_bad: bool = False) -> None:
-        """Dram at once, files later by the writer. Called under the lock."""
-        for extent_id, tier in drops:
-            if tier is Tier.DRAM:
-                self._dram.drop(extent_id)
-            else:
-                self._removals.append(_Removal(extent_id, is_bad))
-        if drops:
-            self._changed.notify_all()
-
-    def _run_writer(self) -> None:
-        while True:
-            with self._changed:
-                self._expire()
-                header, drops = self._ledger.next_write()
-                self._apply(drops)
-                removals = self._take_removals()
-                promotion = next(iter(self._promotions), None)
-                if header is None and promotion is None and not removals:
-                    if self._is_closing:
-                        return
-                    self._changed.notify_all()  # a flush may wait for writes that have been given up
-                    self._changed.wait(1.0)
-                    continue
-            # First of all: a full disk gets room by them, and an id must go before it may come again.
-            for removal in removals:
-                self._remove_file(removal)
-            if header is not None:
-                self._write(header)
-            if promotion is not None:
-                self._promote(promotion)
-
-    def _take_removals(self) -> list["_Removal"]:
-        """Files to remove now; none while the disk is down, or the writer would spin on them."""
-        if self._degraded and self._clock() < self._retry_disk_at:
-            return []
-        removals = list(self._removals)
-        self._removals.clear()
-        return removals
-
     def _expire(self) -> None:
+        """Whatever time ends; under the lock."""
         now = self._clock()
-        self._apply(self._ledger.expire(now))
+        self._worker.apply(self._ledger.expire(now))
         for replica_id, device in list(self._devices.items()):
             if now - device.seen_at > self._config.replica_ttl_s:
                 del self._devices[replica_id]
                 self._events.append(ReplicaGone(replica_id))
-        if self._degraded and self._disk is not None and now >= self._retry_disk_at:
-            self._ledger.disk_accepts_writes = True
-
-    def _remove_file(self, removal: "_Removal") -> None:
-        assert self._disk is not None
-        with self._changed:
-            extent = self._ledger.find(removal.extent_id)
-            if extent is not None and extent.on_disk:
-                return  # written again since
-        try:
-            if removal.is_bad:
-                self._disk.quarantine(removal.extent_id)
-            else:
-                self._disk.delete(removal.extent_id)
-        except OSError as error:
-            with self._changed:
-                self._removals.append(removal)
-            self._disk_failed(error)
-
-    def _write(self, header: ExtentHeader) -> None:
-        assert self._disk is not None
-        extent_id = header.extent_id
-        try:
-            if self._disk.free_bytes() < self._config.min_free_bytes + header.image_bytes:
-                raise _LowSpace(f"less than {self._config.min_free_bytes >> 20} MiB free on the file system")
-            self._disk.write(header, self._dram.get(extent_id))
-        except KeyError:
-            self._give_up_write(extent_id)  # found bad and dropped meanwhile
-        except StoreUnavailable as lost:
-            self.report_bad(extent_id, Tier.DRAM, str(lost))
-            self._give_up_write(extent_id)
-        except _LowSpace as low:
-            self._give_up_write(extent_id)
-            self._set_degraded(str(low))
-        except OSError as error:
-            with self._changed:
-                self._ledger.write_failed(extent_id, retry=True)
-            self._disk_failed(error)
-        else:
-            self._wrote(extent_id)
-
-    def _give_up_write(self, extent_id: str) -> None:
-        with self._changed:
-            self._ledger.write_failed(extent_id, retry=False)
-            self._changed.notify_all()
-
-    def _wrote(self, extent_id: str) -> None:
-        with self._changed:
-            self._apply(self._ledger.written(extent_id))
-            if self._degraded:
-                logger.warning("the warehouse's disk works again")
-            self._degraded = None
-            self._ledger.disk_accepts_writes = True
-            self._changed.notify_all()
-
-    def _promote(self, extent_id: str) -> None:
-        assert self._disk is not None
-        with self._changed:
-            del self._promotions[extent_id]
-            drops = self._ledger.prepare_promote(extent_id)
-            if drops is None:
-                return
-            self._apply(drops)
-        bad: str | None = None
-        succeeded = False
-        try:
-            image = self._disk.read(extent_id)
-            verify_image(extent_id, image)
-            self._dram.put(extent_id, image)
-            succeeded = True
-        except (FileNotFoundError, ExtentCorrupt) as error:
-            bad = str(error)
-        except (OSError, MemoryError) as error:
-            logger.warning("extent %s could not be promoted: %s", extent_id, error)
-        with self._changed:
-            self._ledger.complete_promote(extent_id, succeeded=succeeded)
-            self._changed.notify_all()
-        if bad is not None:
-            self.report_bad(extent_id, Tier.DISK, bad)
-
-    def _disk_failed(self, error: OSError) -> None:
-        with self._changed:
-            self._ledger.disk_accepts_writes = False
-            self._retry_disk_at = self._clock() + self._config.disk_retry_s
-        self._set_degraded(str(error))
-
-    def _set_degraded(self, reason: str) -> None:
-        with self._changed:
-            if self._degraded is None:
-                logger.warning("the warehouse's disk tier is degraded: %s; serving goes on without it", reason)
-            self._degraded = reason
-
-
-@dataclass(frozen=True, slots=True)
-class _Removal:
-    """A file to delete, or to set aside because it is bad."""
-
-    extent_id: str
-    is_bad: bool = False
-
-
-class _LowSpace(Exception):
-    """The file system has less free space than the configuration wants kept."""
 
 
 @dataclass(slots=True)

@@ -14,9 +14,10 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
 from cache.actor import NodeStoreOptions, find_node_store, start_node_store, stop_node_store
-from cache.ledger import Budgets as StoreBudgets
+from cache.disk_worker import DiskConfig
 from cache.messages import StoreStats
 from cache.node_store import NodeStoreConfig
+from cache.occupancy import Budgets as StoreBudgets
 from router.policy import PolicyConfig
 from serving.config import OBJECT_STORE_FILL, Budgets, Config, DecodeConfig, PrefillConfig, warehouse_directory
 from serving.decode import DecodeReplica
@@ -98,6 +99,7 @@ def engine_options(plan: Plan, role: Literal["prefill", "decode"]) -> EngineOpti
         model_dir=plan.model.directory,
         weights_digest=plan.model.weights_digest,
         dtype=config.model.dtype,
+        kv_dtype=config.cache.kv_dtype,
         device=config.model.device,
         max_model_len=config.model.max_model_len,
         pool_bytes=budgets.prefill_pool_bytes if is_prefill else budgets.decode_pool_bytes,
@@ -136,12 +138,18 @@ def node_store_options(config: Config, budgets: Budgets) -> NodeStoreOptions:
     directory = warehouse_directory(config) if budgets.disk_bytes else None
     return NodeStoreOptions(
         NodeStoreConfig(
-            StoreBudgets(budgets.dram_bytes, budgets.disk_bytes, budgets.handoff_bytes, cache.extent_max_bytes),
-            min_free_bytes=cache.min_free_bytes,
+            StoreBudgets(
+                budgets.dram_bytes,
+                budgets.disk_bytes,
+                budgets.handoff_bytes,
+                cache.extent_max_bytes,
+                dirty_bytes=budgets.dram_bytes // 2 if cache.dirty_bytes is None else cache.dirty_bytes,
+            ),
+            DiskConfig(cache.min_free_bytes, cache.fsync_interval_s if cache.fsync == "batched" else 0.0),
             lease_ttl_s=cache.lease_ttl_s,
         ),
         directory,
-        fsync=cache.fsync,
+        fsync=cache.fsync != "never",
     )
 
 

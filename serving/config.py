@@ -145,12 +145,17 @@ class CacheConfig(Section):
     enabled: bool = Field(default=True, description="false: no lookup, nothing kept")
     directory: Folder | None = Field(default=None, description="Disk tier; null: in the user's cache folder")
     block_size: int = Field(default=32, ge=1, le=1024, description="Tokens in a block")
+    kv_dtype: Literal["auto", "float32", "bfloat16", "float16", "float8_e4m3fn", "int8"] = Field(
+        default="auto", description="Of stored KV; auto keeps every bit, smaller ones change answers a little"
+    )
     extent_max_bytes: Bytes = Field(default=16_000_000, gt=0, description="Most payload of one extent")
     dram_bytes: Bytes | None = Field(default=None, description="Budget of the dram tier; null: a share of memory")
     disk_bytes: Bytes | None = Field(default=None, description="Budget of the disk tier; null: a share of the disk")
     min_free_bytes: Bytes = Field(default=GIB, description="Disk space always left free")
     handoff_bytes: Bytes | None = Field(default=None, description="KV between prefill and decode; null: automatic")
-    fsync: bool = Field(default=True, description="false: faster writes that a power cut may lose")
+    fsync: Literal["always", "batched", "never"] = Field(default="batched", description="What a power cut may lose")
+    fsync_interval_s: float = Field(default=0.05, gt=0, le=60, description="Longest wait of a batch")
+    dirty_bytes: Bytes | None = Field(default=None, description="Most that waits to be written; null: half of dram")
     lease_ttl_s: float = Field(default=60.0, gt=0, description="A claim on an extent ends after this")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from cache.tiers.disk import extent_files
+from cache.tiers.folder import extent_files
 from serving.config import Budgets, Config, resolve_budgets, warehouse_directory
 
 SHARED_MEMORY = Path("/dev/shm")

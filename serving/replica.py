@@ -34,6 +34,7 @@ class EngineOptions:
     model_dir: Path
     weights_digest: str
     dtype: str
+    kv_dtype: str
     device: str
     max_model_len: int | None
     pool_bytes: int
@@ -52,6 +53,7 @@ class ModelInfo:
     fingerprint: Fingerprint
     max_request_tokens: int
     kv_bytes_per_token: int
+    """Of the KV as it is stored: what a load has to move."""
 
 
 class ModelChanged(RuntimeError):
@@ -68,6 +70,7 @@ class Replica:
         device = resolve_device(options.device)
         runner = ModelRunner(options.model_dir, resolve_dtype(options.dtype, device), device)
         layout = runner.layout(options.block_size)
+        kv_dtype = None if options.kv_dtype == "auto" else options.kv_dtype
         config = EngineConfig(
             role=options.role,
             replica_id=self.replica_id,
@@ -77,15 +80,16 @@ class Replica:
             max_running=options.max_running,
             num_threads=options.num_threads,
             remote_threshold_tokens=options.remote_threshold_tokens,
+            kv_dtype=kv_dtype,
         )
         tokenizer: Any = AutoTokenizer.from_pretrained(options.model_dir, local_files_only=True)
         self.engine = Engine(runner, config, tokenizer, self._connect)
         limit = self.engine.max_request_tokens
         self.info = ModelInfo(
             options.model_name,
-            runner.fingerprint(options.weights_digest, options.block_size),
+            runner.fingerprint(options.weights_digest, options.block_size, kv_dtype=kv_dtype),
             min(limit, options.max_model_len or limit),
-            layout.bytes_per_token,
+            layout.stored_shape(kv_dtype).bytes_per_token,
         )
         self.engine.start()
         warm_up(self.engine)

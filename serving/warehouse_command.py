@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cache.errors import FolderError
-from cache.tiers.disk import INDEX_NAME
+from cache.tiers.folder import INDEX_NAME
 from cache.tiers.index_db import IndexDamaged, read_totals
 from serving.config import Config, warehouse_directory
 

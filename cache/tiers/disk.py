@@ -1,50 +1,29 @@
-"""The disk tier: one file per extent, an index beside them, one owner per folder.
+"""The disk tier: one file per extent in a folder of its own (`cache.tiers.folder`), an index beside them.
 
-    <directory>/
-      format.json            format version of the folder
-      lock                   held (flock) by the owner
-      index.sqlite           rows `prepared`, then `complete`; can be rebuilt from the files' headers
-      extents/ab/cd/<id>.kv  images as `cache.extent` describes them
-      tmp/                   files being written; emptied at start
-      quarantine/            the last bad files
-
-A write is: row `prepared`, temp file, fsync, rename, fsync of the folder, row `complete`. A delete unlinks
-first and updates the index after: a full disk has no room for rows. After an owner that did not close, rows
-and files are compared: the few files without a complete row are checked, rows without a file and temp files
-are removed. Nothing is ever pickled.
+A write is: row `prepared`, temp file; and, for one or several of them together, `commit`: fsync of each file,
+rename, fsync of the folders, rows `complete`. Nothing is visible before. A delete unlinks first and updates
+the index after: a full disk has no room for rows. After an owner that did not close, rows and files are
+compared: the few files without a complete row are checked, rows without a file and temp files are removed.
+Nothing is ever pickled.
 """
 
-import errno
-import fcntl
-import json
 import os
 import shutil
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from cache.errors import ExtentCorrupt, FolderError, FolderInUse
+from cache.errors import ExtentCorrupt, FolderError
 from cache.extent import ALIGNMENT, ExtentHeader, Image, SealedHeader, aligned_empty, front_bytes, parse_header
+from cache.tiers.files import Files
+from cache.tiers.folder import LOCK_WAIT_S, Folder, extent_files, translated_errors
 from cache.tiers.index_db import IndexDamaged, IndexDb
 
-FOLDER_VERSION = 1
-LOCK_WAIT_S = 10.0
-"""A killed owner's lock can outlive it by seconds."""
 MAX_QUARANTINED = 4
 """They are outside the disk budget."""
-INDEX_NAME = "index.sqlite"
-_FORMAT = "format.json"
-_OWN_NAMES = {
-    "lock",
-    INDEX_NAME,
-    f"{INDEX_NAME}-wal",
-    f"{INDEX_NAME}-shm",
-    "extents",
-    "tmp",
-    "quarantine",
-    "lost+found",
-}
+_REPORT_EVERY = 1000
+"""Extents between two lines of progress."""
 
 
 class FileTier:
@@ -57,105 +36,57 @@ class FileTier:
         fsync: bool = True,
         report: Callable[[str], None] = lambda message: None,
         lock_wait_s: float = LOCK_WAIT_S,
+        files: Files | None = None,
     ) -> None:
-        """Raises FolderError if the folder can't be used, FolderInUse if another process owns it."""
+        """Raises FolderError if the folder can't be used, FolderInUse if another process owns it.
+
+        Without `fsync` a commit survives the process's death and not a power cut; what such a cut tears is
+        noticed by its checksum.
+        """
         self.directory = directory
         self._fsync = fsync
         self._report = report
+        self._lock_wait_s = lock_wait_s
+        self._files = files or Files()
         self._guard = threading.Lock()
-        try:
-            self._make_folders()
-            self._lock_fd = self._take_lock(lock_wait_s)
-            try:
-                self._db = self._open_folder()
-            except (OSError, FolderError):
-                os.close(self._lock_fd)
-                raise
-        except PermissionError as error:
-            raise FolderError(
-                f"warehouse folder {directory} can't be written: {error.strerror} ({error.filename}). "
-                "Give this user access to it or choose another one with --warehouse."
-            ) from error
-        except (FileExistsError, NotADirectoryError) as error:
-            raise FolderError(f"warehouse folder {directory}: {error.filename} is no folder") from error
-        except OSError as error:
-            raise FolderError(f"warehouse folder {directory} can't be opened: {error}") from error
+        self._written: dict[str, Path] = {}
+        self._open()
 
     def __repr__(self) -> str:
         return f"<FileTier {self.directory}>"
 
     # -- opening ------------------------------------------------------------------------------------
 
-    def _make_folders(self) -> None:
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not (self.directory / _FORMAT).exists():
-            foreign = sorted(path.name for path in self.directory.iterdir() if path.name not in _OWN_NAMES)
-            if foreign:  # its mode is about to change, and nothing of ours belongs between a user's files
-                raise FolderError(
-                    f"warehouse folder {self.directory} holds other files ({foreign[0]}). "
-                    "Choose an empty or a new folder with --warehouse."
-                )
-        self.directory.chmod(0o700)
-        for name in ("extents", "tmp", "quarantine"):
-            (self.directory / name).mkdir(mode=0o700, exist_ok=True)
-
-    def _take_lock(self, wait_s: float) -> int:
-        fd = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        deadline = time.monotonic() + wait_s
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.ftruncate(fd, 0)
-                os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-                return fd
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    owner = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
-                    os.close(fd)
-                    raise FolderInUse(
-                        f"warehouse folder {self.directory} is in use by process {owner}. "
-                        "Stop that server or choose another folder with --warehouse."
-                    ) from None
-                time.sleep(0.1)
-            except OSError:
-                os.close(fd)
-                raise
-
-    def _open_folder(self) -> IndexDb:
-        self._check_version()
-        for leftover in (self.directory / "tmp").iterdir():
-            leftover.unlink()
-        db = self._open_index()
-        if not db.was_closed:
-            self._reconcile(db)
-        return db
-
-    def _check_version(self) -> None:
-        path = self.directory / _FORMAT
-        if not path.exists():
-            self._replace(path, json.dumps({"format": FOLDER_VERSION}).encode())
-            return
+    def _open(self) -> None:
+        self._folder = Folder(self.directory, self._files, self._report, self._lock_wait_s)
         try:
-            version = json.loads(path.read_bytes())["format"]
-        except (ValueError, KeyError, TypeError):
-            raise FolderError(f"{path} is no description of a warehouse; is this the right folder?") from None
-        if version != FOLDER_VERSION:
-            raise FolderError(
-                f"warehouse folder {self.directory} has format {version}, this program reads format {FOLDER_VERSION}. "
-                "Choose another folder with --warehouse."
-            )
+            with translated_errors(self.directory):
+                self._db, self._recovered = self._open_index()
+        except FolderError:
+            self._folder.close()
+            raise
 
-    def _open_index(self) -> IndexDb:
-        path = self.directory / INDEX_NAME
+    def _open_index(self) -> tuple[IndexDb, list[ExtentHeader]]:
+        """The index, and what is durable by it."""
         try:
-            return IndexDb(path)
+            return self._read_index()
         except IndexDamaged as damage:
             self._report(f"the index of {self.directory} is damaged ({damage}): rebuilding it from the extents")
-        IndexDb.remove(path)
+        IndexDb.remove(self._folder.index)
         try:
-            return IndexDb(path)
+            return self._read_index()
         except IndexDamaged as damage:
-            raise FolderError(f"the index {path} can't be made: {damage}") from damage
+            raise FolderError(f"the index {self._folder.index} can't be made: {damage}") from damage
+
+    def _read_index(self) -> tuple[IndexDb, list[ExtentHeader]]:
+        db = IndexDb(self._folder.index)
+        try:
+            if not db.was_closed:
+                self._reconcile(db)
+            return db, db.complete_headers()
+        except (IndexDamaged, OSError):
+            db.close()
+            raise
 
     def _reconcile(self, db: IndexDb) -> None:
         """Make rows and files agree after a crash, a power cut or the loss of the index.
@@ -168,74 +99,86 @@ class FileTier:
         unknown = [path for path in files if not states.get(path.stem)]
         if unknown:
             self._report(f"checking {len(unknown)} extents that the index of {self.directory} does not vouch for")
-        for path in sorted(unknown, key=lambda path: path.stat().st_mtime):
-            header = self._whole_header(path)
+        unknown.sort(key=lambda path: path.stat().st_mtime)
+        for start in range(0, len(unknown), _REPORT_EVERY):
+            if start:
+                self._report(f"checked {start} of {len(unknown)} extents")
+            self._enter_unknown(db, unknown[start : start + _REPORT_EVERY])
+        for extent_id in states.keys() - {path.stem for path in files}:
+            db.remove_row(extent_id)
+
+    def _enter_unknown(self, db: IndexDb, paths: list[Path]) -> None:
+        whole: list[ExtentHeader] = []
+        for path in paths:
+            header = whole_header(path)
             if header is None:
                 self._set_aside(path)
                 db.remove_row(path.stem)
             else:
-                db.prepare(header)
-                db.complete(header.extent_id)
-        for extent_id in states.keys() - {path.stem for path in files}:
-            db.remove_row(extent_id)
+                whole.append(header)
+        db.add_complete(whole)
 
-    def _whole_header(self, path: Path) -> ExtentHeader | None:
-        try:
-            with path.open("rb") as file:
-                header = read_sealed_header(file.fileno()).header
-                size = os.fstat(file.fileno()).st_size
-        except (OSError, ExtentCorrupt):
-            return None
-        return header if header.extent_id == path.stem and header.image_bytes == size else None
+    def recover(self) -> list[ExtentHeader]:
+        recovered, self._recovered = self._recovered, []
+        return recovered
 
-    def recover(self) -> Iterator[ExtentHeader]:
-        return self._db.complete_headers()
+    def is_intact(self) -> bool:
+        return self._folder.is_intact()
+
+    def reopen(self) -> None:
+        with self._guard:
+            self._db.close()
+            self._folder.close()
+            self._written.clear()
+            self._open()
 
     # -- images -------------------------------------------------------------------------------------
 
     def path(self, extent_id: str) -> str:
-        return str(self.directory / "extents" / extent_id[:2] / extent_id[2:4] / f"{extent_id}.kv")
+        return self._folder.extent(extent_id)
 
     def write(self, header: ExtentHeader, image: Image) -> None:
-        extent_id = header.extent_id
         with self._guard:
             self._db.prepare(header)
-        try:
-            self._replace(Path(self.path(extent_id)), image.data)
-            with self._guard:
-                self._db.complete(extent_id)
-        except OSError:
-            self.delete(extent_id)
-            raise
+        temporary = self._folder.temporary(header.extent_id)
+        self._written[header.extent_id] = temporary
+        self._files.unlink(temporary)
+        self._files.write(temporary, image.data)
 
-    def _replace(self, path: Path, content: bytes | memoryview) -> None:
-        temporary = self.directory / "tmp" / f"{path.name}.{os.getpid()}.{threading.get_ident()}"
+    def commit(self) -> list[str]:
+        """The files' content first, then their names, then the rows: each step vouches for the one before."""
+        folders: dict[Path, None] = {}
+        for extent_id, temporary in self._written.items():
+            folders.update(dict.fromkeys(self._make_parents(Path(self.path(extent_id)))))
+            if self._fsync:
+                self._files.sync(temporary)
+        for extent_id, temporary in self._written.items():
+            self._files.rename(temporary, Path(self.path(extent_id)))
+        if self._fsync:
+            for folder in folders:
+                self._files.sync(folder)
+        committed = list(self._written)
+        with self._guard:
+            self._db.complete(committed)
+        self._written.clear()
+        return committed
+
+    def _make_parents(self, path: Path) -> list[Path]:
+        """The folders whose list of names changes when `path` comes into being."""
+        changed = [path.parent]
         for folder in (path.parent.parent, path.parent):
-            if not folder.exists():
-                folder.mkdir(mode=0o700, exist_ok=True)
-                self._sync_folder(folder.parent)
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            try:
-                write_all(fd, content)
-                if self._fsync:
-                    os.fsync(fd)
-            finally:
-                os.close(fd)
-            temporary.replace(path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
-        self._sync_folder(path.parent)
+            if self._files.make_folder(folder):
+                changed.append(folder.parent)
+        return changed
 
-    def _sync_folder(self, folder: Path) -> None:
-        if not self._fsync:
-            return
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+    def abandon(self) -> None:
+        written, self._written = self._written, {}
+        for extent_id, temporary in written.items():
+            # What can't be taken away now is swept or checked at the next start.
+            with suppress(OSError):
+                self._files.unlink(temporary)
+            with suppress(OSError):
+                self.delete(extent_id)
 
     def read(self, extent_id: str) -> Image:
         with Path(self.path(extent_id)).open("rb", buffering=0) as file:
@@ -244,22 +187,34 @@ class FileTier:
             return image
 
     def delete(self, extent_id: str) -> None:
-        Path(self.path(extent_id)).unlink(missing_ok=True)
-        with self._guard:
-            self._db.remove_row(extent_id)
+        self._files.unlink(Path(self.path(extent_id)))
+        self._remove_row(extent_id)
 
     def quarantine(self, extent_id: str) -> None:
         self._set_aside(Path(self.path(extent_id)))
-        with self._guard:
-            self._db.remove_row(extent_id)
+        self._remove_row(extent_id)
+
+    def _remove_row(self, extent_id: str) -> None:
+        if extent_id not in self._written:  # else it is the row of a new copy, about to be committed
+            with self._guard:
+                self._db.remove_row(extent_id)
 
     def _set_aside(self, path: Path) -> None:
         aside = self.directory / "quarantine"
         if path.exists():
-            path.replace(aside / path.name)
+            self._files.rename(path, aside / path.name)
             os.utime(aside / path.name)  # the age of the finding counts, not the file's
         for old in sorted(aside.iterdir(), key=lambda p: p.stat().st_mtime)[:-MAX_QUARANTINED]:
-            old.unlink()
+            self._files.unlink(old)
+
+    def holds(self, extent_id: str) -> bool:
+        return Path(self.path(extent_id)).exists()
+
+    def forget_deleted(self) -> None:
+        for path in (self.directory / "quarantine").iterdir():
+            self._files.unlink(path)
+        with self._guard:
+            self._db.forget_deleted()
 
     def save_order(self, extent_ids: list[str]) -> None:
         with self._guard:
@@ -271,22 +226,7 @@ class FileTier:
     def close(self) -> None:
         with self._guard:
             self._db.close()
-        os.close(self._lock_fd)
-
-
-def extent_files(directory: Path) -> list[Path]:
-    """All extents in a warehouse's folder, whether its index knows them or not."""
-    return list(directory.glob("extents/*/*/*.kv"))
-
-
-def write_all(fd: int, content: bytes | memoryview) -> None:
-    """Write everything; a short write without an error is continued, none at all is ENOSPC."""
-    view = memoryview(content).cast("B")
-    while len(view):
-        written = os.write(fd, view)
-        if not written:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        view = view[written:]
+        self._folder.close()
 
 
 def read_all(fd: int, target: Image, offset: int) -> None:
@@ -306,3 +246,14 @@ def read_sealed_header(fd: int) -> SealedHeader:
     if num_bytes > len(front):
         front = os.pread(fd, min(num_bytes, os.fstat(fd).st_size), 0)
     return parse_header(front)
+
+
+def whole_header(path: Path) -> ExtentHeader | None:
+    """The header of a file that is by its size and its header the extent that its name says; None if it is not."""
+    try:
+        with path.open("rb") as file:
+            header = read_sealed_header(file.fileno()).header
+            size = os.fstat(file.fileno()).st_size
+    except (OSError, ExtentCorrupt):
+        return None
+    return header if header.extent_id == path.stem and header.image_bytes == size else None

@@ -3,43 +3,46 @@
 SQLite in WAL mode with synchronous=NORMAL: a commit costs about 0.1 ms, and after a power cut the last
 rows may be missing but the database is whole. `was_closed` tells whether rows and files can differ: it is
 true only if the last owner closed the index with no write under way.
+
+Rows come back in the order in which they were written; the order of use is one blob of row ids, saved when
+the index is closed.
 """
 
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from cache.extent import ExtentHeader, KVShape
-from cache.hashing import HASH_BYTES, BlockHash, as_token_ids, pack_hashes, unpack_hashes
+from cache.extent import ExtentHeader, KVShape, Origin
+from cache.hashing import HASH_BYTES, TOKEN_BYTES, BlockHash
 
+_SCHEMA_VERSION = 2
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS extents (
-    extent_id TEXT PRIMARY KEY,
+    number INTEGER PRIMARY KEY,
+    extent_id TEXT NOT NULL UNIQUE,
     is_complete INTEGER NOT NULL,
-    use_order INTEGER NOT NULL,
     image_bytes INTEGER NOT NULL,
     root_hash BLOB NOT NULL,
     parent_hash BLOB NOT NULL,
     block_hashes BLOB NOT NULL,
     token_ids BLOB NOT NULL,
     block_size INTEGER NOT NULL,
-    num_layers INTEGER NOT NULL,
-    num_kv_heads INTEGER NOT NULL,
-    head_dim INTEGER NOT NULL,
-    dtype TEXT NOT NULL
-) WITHOUT ROWID;
+    shape TEXT NOT NULL,
+    first_block INTEGER NOT NULL,
+    tenant TEXT NOT NULL,
+    session TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS use_order (numbers BLOB NOT NULL);
 """
-_HEADER_COLUMNS = (
-    "root_hash, parent_hash, block_hashes, token_ids, block_size, num_layers, num_kv_heads, head_dim, dtype"
-)
+_HEADER_COLUMNS = "root_hash, parent_hash, block_hashes, token_ids, block_size, shape, first_block, tenant, session"
 
 
-_OPEN, _CLOSED = 0, 1  # values of SQLite's user_version
+_OPEN, _CLOSED = 2 * _SCHEMA_VERSION, 2 * _SCHEMA_VERSION + 1  # values of SQLite's user_version
 
 
 class IndexDamaged(Exception):
@@ -63,7 +66,8 @@ def read_totals(path: Path) -> IndexTotals:
         # As a URI, which escapes what would end the path.
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
             row = db.execute(
-                f"SELECT COUNT(*), TOTAL(LENGTH(block_hashes) / {HASH_BYTES}), TOTAL(LENGTH(token_ids) / 4), "
+                f"SELECT COUNT(*), TOTAL(LENGTH(block_hashes) / {HASH_BYTES}), "
+                f"TOTAL(LENGTH(token_ids) / {TOKEN_BYTES}), "
                 "COUNT(DISTINCT root_hash), TOTAL(image_bytes) FROM extents WHERE is_complete = 1"
             ).fetchone()
     except sqlite3.Error as error:
@@ -75,27 +79,28 @@ class IndexDb:
     """See the module's docstring. Not thread-safe: the disk tier holds a lock around it."""
 
     def __init__(self, path: Path) -> None:
+        """Open or make it. Raises IndexDamaged for what is no index of this version."""
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # SQLite keeps the mode
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         try:
-            verdict, self.was_closed, last = self._open()
-        except sqlite3.Error as error:
-            verdict = str(error)
-        if verdict != "ok":
+            self.was_closed = self._open()
+        except (sqlite3.Error, IndexDamaged) as error:
             self._db.close()
-            raise IndexDamaged(verdict)
-        self._next_order = last + 1
+            raise IndexDamaged(str(error)) from error
 
-    def _open(self) -> tuple[str, bool, int]:
-        """SQLite's verdict on the file, whether the last owner closed it, and the highest order in it."""
+    def _open(self) -> bool:
         self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=NORMAL")
+        self._db.execute("PRAGMA secure_delete=ON")
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        tables = self._db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
+        if tables and version not in (_OPEN, _CLOSED):
+            raise IndexDamaged(f"its version is {version // 2}, this program's is {_SCHEMA_VERSION}")
         self._db.executescript(_SCHEMA)
-        verdict = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
-        last = self._db.execute("SELECT COALESCE(MAX(use_order), 0) FROM extents").fetchone()[0]
-        was_closed = self._db.execute("PRAGMA user_version").fetchone()[0] == _CLOSED
+        # This one must reach the disk before any file changes: else a power cut could leave "closed" beside them.
+        self._db.execute("PRAGMA synchronous=FULL")
         self._db.execute(f"PRAGMA user_version = {_OPEN}")
-        return str(verdict), was_closed, int(last)
+        self._db.execute("PRAGMA synchronous=NORMAL")
+        return bool(version == _CLOSED)
 
     @staticmethod
     def remove(path: Path) -> None:
@@ -103,63 +108,94 @@ class IndexDb:
         for suffix in ("", "-wal", "-shm"):
             path.with_name(path.name + suffix).unlink(missing_ok=True)
 
+    # -- writing ------------------------------------------------------------------------------------
+
     def prepare(self, header: ExtentHeader) -> None:
         """Announce a write."""
-        shape = header.shape
-        row = (
-            header.extent_id,
-            self._next_order,
-            header.image_bytes,
-            header.root_hash,
-            header.parent_hash,
-            pack_hashes(header.block_hashes),
-            header.token_ids.tobytes(),
-            header.block_size,
-            shape.num_layers,
-            shape.num_kv_heads,
-            shape.head_dim,
-            shape.dtype,
-        )
-        self._next_order += 1
-        self._execute("INSERT OR REPLACE INTO extents VALUES (?, 0, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+        self._execute(_INSERT, (0, *_row(header)))
 
-    def complete(self, extent_id: str) -> None:
-        """The file is durable."""
-        self._execute("UPDATE extents SET is_complete = 1 WHERE extent_id = ?", (extent_id,))
+    def complete(self, extent_ids: Iterable[str]) -> None:
+        """Their files are durable. One transaction."""
+        try:
+            with self._db:
+                self._db.execute("BEGIN")
+                self._db.executemany(
+                    "UPDATE extents SET is_complete = 1 WHERE extent_id = ?", [(each,) for each in extent_ids]
+                )
+        except sqlite3.Error as error:
+            raise OSError(f"the warehouse's index can't be written: {error}") from error
+
+    def add_complete(self, headers: Iterable[ExtentHeader]) -> None:
+        """Enter extents whose files are durable. One transaction."""
+        try:
+            with self._db:
+                self._db.execute("BEGIN")
+                self._db.executemany(_INSERT, ((1, *_row(header)) for header in headers))
+        except sqlite3.Error as error:
+            raise OSError(f"the warehouse's index can't be written: {error}") from error
 
     def remove_row(self, extent_id: str) -> None:
         """Forget an extent."""
         self._execute("DELETE FROM extents WHERE extent_id = ?", (extent_id,))
 
-    def save_order(self, extent_ids: list[str]) -> None:
-        """Number the extents in the order given, least recently used first."""
-        rows = [(order, extent_id) for order, extent_id in enumerate(extent_ids)]
+    def forget_deleted(self) -> None:
+        """Leave nothing of deleted rows in the log; in the database they are overwritten at once."""
         try:
-            with self._db:
-                self._db.execute("BEGIN")
-                self._db.executemany("UPDATE extents SET use_order = ? WHERE extent_id = ?", rows)
+            is_held_up = bool(self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0])
         except sqlite3.Error as error:
             raise OSError(f"the warehouse's index can't be written: {error}") from error
-        self._next_order = max(self._next_order, len(rows))
+        if is_held_up:
+            raise OSError("the log of the warehouse's index can't be emptied: another process reads it")
+
+    def save_order(self, extent_ids: list[str]) -> None:
+        """Keep the order of use: the extents, least recently used first."""
+        try:
+            numbers = dict(self._db.execute("SELECT extent_id, number FROM extents"))
+            order = np.array([numbers[each] for each in extent_ids if each in numbers], "<i8")
+            with self._db:
+                self._db.execute("BEGIN")
+                self._db.execute("DELETE FROM use_order")
+                self._db.execute("INSERT INTO use_order VALUES (?)", (order.tobytes(),))
+        except sqlite3.Error as error:
+            raise OSError(f"the warehouse's index can't be written: {error}") from error
+
+    # -- reading ------------------------------------------------------------------------------------
 
     def states(self) -> dict[str, bool]:
-        """All extents, and whether each is complete."""
-        return {row[0]: bool(row[1]) for row in self._db.execute("SELECT extent_id, is_complete FROM extents")}
+        """All extents, and whether each is complete. Raises IndexDamaged."""
+        try:
+            return {row[0]: bool(row[1]) for row in self._db.execute("SELECT extent_id, is_complete FROM extents")}
+        except sqlite3.Error as error:
+            raise IndexDamaged(str(error)) from error
 
-    def complete_headers(self) -> Iterator[ExtentHeader]:
-        """Durable extents, least recently used first."""
-        query = f"SELECT {_HEADER_COLUMNS} FROM extents WHERE is_complete = 1 ORDER BY use_order"
-        for root, parent, hashes, tokens, block_size, num_layers, num_kv_heads, head_dim, dtype in self._db.execute(
-            query
-        ):
-            yield ExtentHeader(
-                BlockHash(root),
-                BlockHash(parent),
-                tuple(unpack_hashes(hashes)),
-                as_token_ids(np.frombuffer(tokens, "<i4")),
-                block_size,
-                KVShape(num_layers, num_kv_heads, head_dim, dtype),
-            )
+    def complete_headers(self) -> list[ExtentHeader]:
+        """Durable extents, least recently used first. Raises IndexDamaged."""
+        query = f"SELECT number, extent_id, {_HEADER_COLUMNS} FROM extents WHERE is_complete = 1 ORDER BY number"
+        numbers: list[int] = []
+        headers: list[ExtentHeader] = []
+        intern = _Interned()
+        try:
+            for number, extent_id, root, parent, hashes, tokens, block_size, shape, first, *origin in self._db.execute(
+                query
+            ):
+                header = ExtentHeader(
+                    intern.root(root),
+                    parent,
+                    hashes,
+                    tokens,
+                    block_size,
+                    intern.shape(shape),
+                    first,
+                    intern.origin(origin),
+                )
+                if header.extent_id != extent_id:
+                    raise IndexDamaged(f"the row of extent {extent_id} does not add up")
+                numbers.append(number)
+                headers.append(header)
+            saved = self._db.execute("SELECT numbers FROM use_order").fetchone()
+        except (sqlite3.Error, ValueError) as error:
+            raise IndexDamaged(str(error)) from error
+        return _in_order(headers, numbers, saved[0] if saved else b"")
 
     def close(self) -> None:
         """Close, and say so in the database if no write is under way. A full disk leaves it unsaid."""
@@ -176,3 +212,62 @@ class IndexDb:
             self._db.execute(statement, row)
         except sqlite3.Error as error:
             raise OSError(f"the warehouse's index can't be written: {error}") from error
+
+
+_INSERT = (
+    f"INSERT OR REPLACE INTO extents (is_complete, extent_id, image_bytes, {_HEADER_COLUMNS}) "
+    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+)
+
+
+def _row(header: ExtentHeader) -> tuple[object, ...]:
+    shape = header.shape
+    return (
+        header.extent_id,
+        header.image_bytes,
+        header.root_hash,
+        header.parent_hash,
+        header.packed_hashes,
+        header.packed_tokens,
+        header.block_size,
+        f"{shape.num_layers},{shape.num_kv_heads},{shape.head_dim},{shape.dtype}",
+        header.first_block,
+        *header.origin,
+    )
+
+
+class _Interned:
+    """The few values that many rows share, as one object each."""
+
+    def __init__(self) -> None:
+        self._roots: dict[bytes, BlockHash] = {}
+        self._shapes: dict[str, KVShape] = {}
+        self._origins: dict[tuple[str, ...], Origin] = {}
+
+    def root(self, root_hash: bytes) -> BlockHash:
+        return self._roots.setdefault(root_hash, BlockHash(root_hash))
+
+    def shape(self, text: str) -> KVShape:
+        found = self._shapes.get(text)
+        if found is None:
+            num_layers, num_kv_heads, head_dim, dtype = text.split(",")
+            found = self._shapes[text] = KVShape(int(num_layers), int(num_kv_heads), int(head_dim), dtype)
+        return found
+
+    def origin(self, columns: Sequence[str]) -> Origin:
+        names = tuple(columns)
+        found = self._origins.get(names)
+        if found is None:
+            found = self._origins[names] = Origin(*names)
+        return found
+
+
+def _in_order(headers: list[ExtentHeader], numbers: list[int], saved: bytes) -> list[ExtentHeader]:
+    """Those in the saved order first, then what was written since."""
+    order = np.frombuffer(saved, "<i8")
+    if not len(order) or not headers:
+        return headers
+    present = np.array(numbers)
+    ranks = np.full(max(present.max(), order.max()) + 1, len(order), np.int64)
+    ranks[order] = np.arange(len(order))
+    return [headers[at] for at in np.argsort(ranks[present], kind="stable")]

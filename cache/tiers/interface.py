@@ -1,6 +1,5 @@
 """The two seams between the node store and where bytes live. Tiers hold images and decide nothing."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,7 +31,16 @@ class DiskTier(Protocol):
     directory: Path
 
     def write(self, header: ExtentHeader, image: Image) -> None:
-        """Make the image durable. Nothing of it is visible, now or after a crash, before this returns."""
+        """Put the image down. Nothing of it is visible, now or after a crash, before `commit` returns."""
+
+    def commit(self) -> list[str]:
+        """Make everything written since the last commit durable and visible; returns the extents' ids.
+
+        After an error none of it counts: `abandon` takes it away.
+        """
+
+    def abandon(self) -> None:
+        """Take away what was written and not committed. Raises nothing: the next start takes what is left."""
 
     def read(self, extent_id: str) -> Image:
         """The whole image, unverified. Raises FileNotFoundError if it is gone."""
@@ -46,8 +54,20 @@ class DiskTier(Protocol):
     def quarantine(self, extent_id: str) -> None:
         """Take a bad image out of use and keep a bounded number of them for whoever wants to look."""
 
-    def recover(self) -> Iterator[ExtentHeader]:
-        """What was durable when the folder was last used, least recently used first."""
+    def recover(self) -> list[ExtentHeader]:
+        """What was durable when the folder was last used, least recently used first. Given out once."""
+
+    def is_intact(self) -> bool:
+        """False if the folder has been taken away or replaced under this tier."""
+
+    def reopen(self) -> None:
+        """Own the folder anew, as it is now; what `recover` gives then is all there is. Raises FolderError."""
+
+    def holds(self, extent_id: str) -> bool:
+        """There is a file of this extent, whatever the index says."""
+
+    def forget_deleted(self) -> None:
+        """Leave no trace of deleted extents in the index, and none in quarantine."""
 
     def save_order(self, extent_ids: list[str]) -> None:
         """Remember the order of use for the next start."""

@@ -50,6 +50,8 @@ class EngineConfig:
     num_threads: int = 1
     remote_threshold_tokens: int = 256
     """Decode: uncached prompt tokens from which a prefill replica is asked."""
+    kv_dtype: str | None = None
+    """Dtype of stored KV, one of `KVShape.DTYPES`; None for the engine's own, which keeps every bit."""
 
 
 class RequestTooLong(ValueError):
@@ -77,14 +79,14 @@ class Engine:
         self._tokenizer = tokenizer
         layout = runner.layout(config.block_size)
         pool = BlockPool(config.num_blocks, config.block_size)
-        self._kv = KVPool(layout, config.num_blocks, runner.device)
+        self._kv = KVPool(layout, config.num_blocks, runner.device, config.kv_dtype)
         self._scheduler = Scheduler(pool, config.max_running, config.step_tokens)
         self._speed = Speed()
         self._loader = Loader(connect, self._kv) if connect else None
         self._transfers = Transfers(
             self._loader,
             pool,
-            layout,
+            self._kv.stored_shape,
             self.counters,
             self._post,
             self._finish,

@@ -4,7 +4,7 @@
 
 Tokens come first within a layer, so consecutive blocks are one view for attention, and the rows of a block
 are contiguous for copies. This module moves bytes and never knows which block is free, shared or valid:
-that is the ledger's work. Storing and loading keep every bit, whatever the dtype.
+that is the ledger's work. Storing and loading keep every bit, unless another dtype is asked for (see `kv_codec`).
 
 Threads: calls that touch disjoint blocks may run at the same time, also beside a forward pass. On a CPU the
 copies release the interpreter lock and use one thread, so that a load does not slow a step down.
@@ -16,6 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from cache.extent import KVShape
+from serving.engine.kv_codec import make_codec
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -54,12 +57,25 @@ class KVLayout:
     def block_bytes(self) -> int:
         return self.bytes_per_token * self.block_size
 
+    def stored_shape(self, stored_dtype: str | None = None) -> KVShape:
+        """Shape of the KV when it is stored as `stored_dtype`; None is the engine's own."""
+        return KVShape(self.num_layers, self.num_kv_heads, self.head_dim, stored_dtype or self.dtype)
+
 
 class KVPool:
-    """`num_blocks` blocks of KV on one device."""
+    """`num_blocks` blocks of KV on one device, stored and loaded as `stored_dtype`, None being the layout's own."""
 
-    def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        layout: KVLayout,
+        num_blocks: int,
+        device: torch.device | str = "cpu",
+        stored_dtype: str | None = None,
+    ) -> None:
+        """ValueError for a stored dtype that `KVShape` does not know."""
         self.layout = layout
+        self.stored_shape = layout.stored_shape(stored_dtype)
+        self._codec = make_codec(layout.torch_dtype, self.stored_shape)
         self.num_blocks = num_blocks
         num_slots = num_blocks * layout.block_size
         shape = (layout.num_layers, 2, num_slots, layout.num_kv_heads, layout.head_dim)
@@ -91,14 +107,15 @@ class KVPool:
     def export(self, blocks: Sequence[tuple[int, int]], out: Bytes) -> None:
         """Write the first `num_tokens` rows of each `(block_id, num_tokens)` into `out`, block after block.
 
-        A block is written as `(num_layers, 2, num_tokens, num_kv_heads, head_dim)`, contiguous. `out` is
-        contiguous uint8 of shape `(bytes_per_token * all tokens,)`; ValueError if it is not.
+        A block is written as `(num_layers, 2, num_tokens, num_kv_heads, head_dim)` of the stored dtype, contiguous,
+        scales after the values they belong to. `out` is contiguous uint8 of shape
+        `(stored_shape.bytes_per_token * all tokens,)`; ValueError if it is not.
         """
-        expected = self.layout.bytes_per_token * sum(num_tokens for _, num_tokens in blocks)
-        self._check_payload(out, expected)
+        bytes_per_token = self.stored_shape.bytes_per_token
+        self._check_payload(out, bytes_per_token * sum(num_tokens for _, num_tokens in blocks))
         start = 0
         for block_id, num_tokens in blocks:
-            end = start + self.layout.bytes_per_token * num_tokens
+            end = start + bytes_per_token * num_tokens
             self._read_block(block_id, num_tokens, out[start:end])
             start = end
 
@@ -111,8 +128,11 @@ class KVPool:
         stored = num_tokens if stored_tokens is None else stored_tokens
         if not num_tokens <= stored:
             raise ValueError(f"{num_tokens} tokens wanted from a stored block of {stored}")
-        self._check_payload(payload, self.layout.bytes_per_token * stored)
+        self._check_payload(payload, self.stored_shape.bytes_per_token * stored)
         first, last = self._block_range(block_id, num_tokens)
+        if self._codec is not None:
+            self._codec.decode(payload, self._rows_as_kv(first, last))
+            return
         layout = self.layout
         rows = payload.reshape(layout.num_layers, 2, stored * layout.row_bytes)[:, :, : last - first]
         if self._host_rows is not None:
@@ -123,6 +143,9 @@ class KVPool:
 
     def _read_block(self, block_id: int, num_tokens: int, out: Bytes) -> None:
         first, last = self._block_range(block_id, num_tokens)
+        if self._codec is not None:
+            self._codec.encode(self._rows_as_kv(first, last), out)
+            return
         rows = out.reshape(self.layout.num_layers, 2, last - first)
         if self._host_rows is not None:
             rows[...] = self._host_rows[:, :, first:last]
@@ -137,6 +160,10 @@ class KVPool:
             raise ValueError(f"{num_tokens} tokens do not fit a block of {self.layout.block_size}")
         first = block_id * self.layout.block_size * self.layout.row_bytes
         return first, first + num_tokens * self.layout.row_bytes
+
+    def _rows_as_kv(self, first: int, last: int) -> torch.Tensor:
+        """The KV of such a range, `(num_layers, 2, num_tokens, num_kv_heads, head_dim)`."""
+        return self.kv[:, :, first // self.layout.row_bytes : last // self.layout.row_bytes]
 
     def _check_slots(self, slot: int, num_tokens: int) -> None:
         if slot < 0 or slot + num_tokens > self.num_blocks * self.layout.block_size:

@@ -19,6 +19,7 @@ from cache.extent import ExtentHeader, Image
 from cache.hashing import BlockHash
 from cache.messages import LoadQuery, StoreOffer
 from serving.engine.kv_pool import KVPool
+from serving.engine.runner import set_num_threads
 
 logger = logging.getLogger("tokenloft.engine")
 
@@ -73,9 +74,10 @@ class Loader:
         self._connect = connect
         self._pool = pool
         self._clients = _ThreadClients()
-        self._loads = ThreadPoolExecutor(num_load_threads, "tokenloft-load")
+        # Conversions of KV take one core each, not all: the step loop needs the others.
+        self._loads = ThreadPoolExecutor(num_load_threads, "tokenloft-load", set_num_threads, (1,))
         # One thread, so that the extents of a chain are stored in order.
-        self._stores = ThreadPoolExecutor(1, "tokenloft-store")
+        self._stores = ThreadPoolExecutor(1, "tokenloft-store", set_num_threads, (1,))
         self._lock = threading.Lock()
         self._seconds: dict[Tier, float] = {}
         self._bytes: dict[Tier, int] = {}

@@ -99,12 +99,17 @@ class ModelRunner:
         """Digest of every config field that KV may depend on, rope scaling included."""
         return config_digest(self._config)
 
-    def fingerprint(self, weights: str, block_size: int, tenant_salt: str = "") -> Fingerprint:
-        """Fingerprint of the KV that this runner makes. `weights` is the digest of the weights' content."""
+    def fingerprint(
+        self, weights: str, block_size: int, tenant_salt: str = "", kv_dtype: str | None = None
+    ) -> Fingerprint:
+        """Fingerprint of the KV that this runner makes, stored as `kv_dtype`, None being the runner's own dtype.
+
+        `weights` is the digest of the weights' content.
+        """
         return Fingerprint(
             weights=weights,
             config=self.config_digest(),
-            kv_dtype=self.dtype,
+            kv_dtype=kv_dtype or self.dtype,
             numerics=self.dtype,
             block_size=block_size,
             tenant_salt=tenant_salt,
@@ -125,7 +130,10 @@ class ModelRunner:
 
 
 def set_num_threads(num_threads: int) -> None:
-    """Threads that torch uses for an operation. OpenMP counts per thread, so call it where `forward` is called."""
+    """Threads that torch uses for operations of the calling thread, whatever other threads set for theirs."""
+    # OpenMP counts per thread. But a thread that has not asked yet takes, at its first operation, the number that
+    # any thread has set last: so it asks now.
+    torch.get_num_threads()
     torch.set_num_threads(num_threads)
 
 

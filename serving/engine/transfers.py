@@ -17,7 +17,6 @@ from cache.extent import KVShape
 from cache.hashing import block_hash
 from cache.messages import LoadQuery, StoreOffer
 from serving.engine.block_pool import BlockPool
-from serving.engine.kv_pool import KVLayout
 from serving.engine.loader import Loader, LoadJob, LoadResult, StoreJob
 from serving.engine.sequence import Sequence, Status
 
@@ -27,13 +26,16 @@ Post = Callable[[Callable[[], None]], object]
 
 
 class Transfers:
-    """See the module's docstring. Without a loader everything is computed and nothing is kept but the pool."""
+    """See the module's docstring. Without a loader everything is computed and nothing is kept but the pool.
+
+    `shape` is that of the KV as it is stored.
+    """
 
     def __init__(
         self,
         loader: Loader | None,
         pool: BlockPool,
-        layout: KVLayout,
+        shape: KVShape,
         counters: Counter[str],
         post: Post,
         on_finished: Callable[[Sequence], None],
@@ -41,8 +43,8 @@ class Transfers:
     ) -> None:
         self._loader = loader
         self._pool = pool
-        self._block_size = layout.block_size
-        self._shape = KVShape(layout.num_layers, layout.num_kv_heads, layout.head_dim, layout.dtype)
+        self._block_size = pool.block_size
+        self._shape = shape
         self._counters = counters
         self._post = post
         self._on_finished = on_finished

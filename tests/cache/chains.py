@@ -1,18 +1,18 @@
 """Chains with known KV for the tests of the warehouse: a block's bytes follow from its tokens and its history."""
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from cache.client import StorePort, WarehouseClient
-from cache.extent import ExtentHeader, Image, KVShape, allocate_image, seal
+from cache.disk_worker import DiskConfig
+from cache.extent import NOBODY, ExtentHeader, Image, KVShape, Origin, allocate_image, seal
 from cache.fingerprint import Fingerprint
 from cache.hashing import BlockHash, TokenIds, as_token_ids, block_hash, chain_hashes
-from cache.ledger import Budgets
 from cache.messages import LoadQuery, StoreOffer
 from cache.node_store import NodeStore, NodeStoreConfig
+from cache.occupancy import Budgets
 from cache.tiers.disk import FileTier
 
 BLOCK_SIZE = 4
@@ -38,7 +38,9 @@ def budgets(
 
 def store_config(limits: Budgets | None = None, **times: float) -> NodeStoreConfig:
     """A configuration that asks for no free space and waits for nobody, unless told."""
-    return NodeStoreConfig(limits or budgets(), min_free_bytes=0, **({"store_wait_s": 0.0} | times))
+    on_disk = {name: times.pop(name) for name in list(times) if name in DiskConfig.__slots__}
+    disk = DiskConfig(**({"min_free_bytes": 0} | on_disk))  # type: ignore[arg-type]
+    return NodeStoreConfig(limits or budgets(), disk, **({"store_wait_s": 0.0} | times))
 
 
 def query(tokens: Sequence[int], owner: str = "reader", first: int = 0, root: BlockHash = ROOT) -> LoadQuery:
@@ -54,10 +56,11 @@ def offer(
     with_tail: bool = True,
     handoff_owner: str | None = None,
     is_transient: bool = False,
+    origin: Origin = NOBODY,
 ) -> StoreOffer:
     ids = as_token_ids(tokens)
     hashes = tuple(chain_hashes(root, ids, BLOCK_SIZE))
-    return StoreOffer(root, hashes, ids, BLOCK_SIZE, SHAPE, first, with_tail, handoff_owner, is_transient)
+    return StoreOffer(root, hashes, ids, BLOCK_SIZE, SHAPE, first, with_tail, handoff_owner, is_transient, origin)
 
 
 def kv_of(parent_hash: BlockHash, token_ids: TokenIds) -> Image:
@@ -92,9 +95,9 @@ def header_of(tokens: Sequence[int], first: int = 0, root: BlockHash = ROOT) -> 
     parent = hashes[first - 1] if first else root
     if first == len(hashes):
         rest = ids[first * BLOCK_SIZE :]
-        return ExtentHeader(root, parent, (block_hash(parent, rest),), rest, BLOCK_SIZE, SHAPE)
+        return ExtentHeader.make(root, parent, (block_hash(parent, rest),), rest, BLOCK_SIZE, SHAPE, first)
     rest = ids[first * BLOCK_SIZE : len(hashes) * BLOCK_SIZE]
-    return ExtentHeader(root, parent, tuple(hashes[first:]), rest, BLOCK_SIZE, SHAPE)
+    return ExtentHeader.make(root, parent, hashes[first:], rest, BLOCK_SIZE, SHAPE, first)
 
 
 @dataclass
@@ -134,14 +137,15 @@ def unique_tokens(num_tokens: int) -> Iterator[list[int]]:
 
 def crash(store: NodeStore) -> None:
     """End the store as a kill would, except that a write under way ends: nothing is flushed or marked as closed."""
+    worker = store._worker
     with store._changed:
-        store._ledger._dirty.clear()
-        store._removals.clear()
-        store._promotions.clear()
-        store._is_closing = True
+        store._ledger.room.dirty.clear()
+        worker._removals.clear()
+        worker.promotions.clear()
+        worker._is_closing = True
         store._changed.notify_all()
-    store._writer.join()
+    worker._thread.join()
     disk = store._disk
     if isinstance(disk, FileTier):
         disk._db._db.close()
-        os.close(disk._lock_fd)
+        disk._folder.close()

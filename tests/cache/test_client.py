@@ -65,7 +65,7 @@ def other_history(_: ExtentHeader) -> ExtentHeader:
 def other_block_size(_: ExtentHeader) -> ExtentHeader:
     ids = as_token_ids(TOKENS)
     shape = KVShape(2, 1, 4, "float32")
-    return ExtentHeader(ROOT, ROOT, tuple(chain_hashes(ROOT, ids, 6)), ids, 6, shape)
+    return ExtentHeader.make(ROOT, ROOT, chain_hashes(ROOT, ids, 6), ids, 6, shape)
 
 
 def fewer_blocks(_: ExtentHeader) -> ExtentHeader:
@@ -303,6 +303,6 @@ def test_a_bad_block_of_a_dead_store_ends_the_read_too(flaky: FlakyPort) -> None
 def test_an_extent_that_has_gone_from_another_node_is_a_miss(flaky: FlakyPort) -> None:
     WarehouseClient(flaky).store(offer(TOKENS[:4]), fill)
     grant = flaky.prepare_load(query(TOKENS[:4]))
-    piece = replace(grant.pieces[0], tier=Tier.DISK, extent_id="gone")
+    piece = grant.pieces[0]._replace(tier=Tier.DISK, extent_id="gone")
     client = WarehouseClient(flaky, is_local=False)
     assert list(client.read(query(TOKENS[:4]), replace(grant, pieces=(piece,)))) == []

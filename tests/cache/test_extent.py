@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from cache.errors import ExtentCorrupt
 from cache.extent import (
     ALIGNMENT,
+    FORMAT_VERSION,
     ExtentHeader,
     Image,
     KVShape,
+    Origin,
     aligned_empty,
     allocate_image,
     chain_header,
@@ -43,7 +45,7 @@ def make_header(num_tokens: int, block_size: int, shape: KVShape) -> ExtentHeade
     ids = as_token_ids(range(num_tokens))
     hashes = chain_hashes(ROOT, ids, block_size) or [block_hash(ROOT, ids)]
     kept = ids if num_tokens < block_size else ids[: len(hashes) * block_size]
-    return ExtentHeader(ROOT, ROOT, tuple(hashes), kept, block_size, shape)
+    return ExtentHeader.make(ROOT, ROOT, hashes, kept, block_size, shape)
 
 
 def random_image(header: ExtentHeader) -> Image:
@@ -59,8 +61,8 @@ def test_what_was_sealed_is_read_back(num_tokens: int, block_size: int, shape: K
     image = random_image(header)
     sealed = parse_header(image)
     back = sealed.header
-    assert replace(back, token_ids=header.token_ids) == header
-    assert back.token_ids.tolist() == header.token_ids.tolist()
+    assert back == header
+    assert back.token_ids.tolist() == list(range(header.num_tokens))
     assert back.extent_id == header.extent_id
     assert back.image_bytes == header.image_bytes == len(image)
     assert parse_header(image.tobytes()[: header.payload_offset]).checksums == sealed.checksums
@@ -90,6 +92,23 @@ def test_a_tail_is_one_block_with_fewer_tokens() -> None:
     assert (tail.is_tail, tail.num_blocks, tail.num_tokens) == (True, 1, 2)
     assert parse_header(sealed_image(tail)).header.is_tail
     assert not header_of([1, 2, 3, 4]).is_tail
+
+
+@given(st.text(max_size=3000), st.text(max_size=3000), st.integers(0, 2**40))
+def test_who_stored_it_and_where_it_lies_come_back_too(tenant: str, session: str, first_block: int) -> None:
+    header = replace(header_of(range(8)), origin=Origin(tenant, session), first_block=first_block)
+    image = random_image(header)
+    assert parse_header(image).header == header
+    verify_image(header.extent_id, image)
+    assert header.extent_id == header_of(range(8)).extent_id, "the content alone names it"
+
+
+def test_a_block_is_found_by_its_hash_alone() -> None:
+    header = header_of(range(12))
+    assert [header.find_block(each) for each in header.block_hashes] == [0, 1, 2]
+    assert header.find_block(ROOT) is None
+    shifted = header.packed_hashes[1 : 1 + HASH_BYTES]
+    assert header.find_block(BlockHash(shifted)) is None, "hashes start at multiples of their length"
 
 
 def test_a_header_larger_than_a_page_moves_the_payload_to_a_later_page() -> None:
@@ -147,7 +166,7 @@ def test_the_wrong_extent_or_the_wrong_length_is_no_whole_image() -> None:
 def test_a_newer_format_is_refused_by_name() -> None:
     image = sealed_image(header_of(range(4)))
     image[8] = 9
-    with pytest.raises(ExtentCorrupt, match="format version 9, this program reads version 1"):
+    with pytest.raises(ExtentCorrupt, match="format version 9, this program reads version 2"):
         parse_header(image)
 
 
@@ -156,7 +175,7 @@ def forged(**changes: object) -> bytes:
     image = sealed_image(header_of(range(8)))
     raw = msgpack.unpackb(image[24 : front_bytes(image.tobytes())].tobytes())
     packed: bytes = msgpack.packb(raw | changes)
-    return struct.pack("<8sIIQ", b"TLEXTENT", 1, len(packed), xxhash.xxh3_64_intdigest(packed)) + packed
+    return struct.pack("<8sIIQ", b"TLEXTENT", FORMAT_VERSION, len(packed), xxhash.xxh3_64_intdigest(packed)) + packed
 
 
 @pytest.mark.parametrize(
@@ -176,6 +195,11 @@ def forged(**changes: object) -> bytes:
         {"parent": b""},
         {"shape": [1, 2]},
         {"shape": None},
+        {"dtype": "float12"},
+        {"first_block": -1},
+        {"first_block": None},
+        {"block_size": None},
+        {"origin": [1, 2]},
     ],
 )
 def test_a_header_that_contradicts_itself_is_refused(changes: dict[str, object]) -> None:
@@ -208,7 +232,9 @@ def test_a_header_of_the_middle_of_a_chain() -> None:
     middle = chain_header(ROOT, hashes, ids, 1, 3, 4, SHAPE)
     assert middle.parent_hash == hashes[0]
     assert middle.token_ids.tolist() == list(range(4, 12))
-    assert slice_header(header_of(range(16)), 1, 3).extent_id == middle.extent_id
+    assert middle.first_block == 1
+    assert slice_header(header_of(range(16)), 1, 3) == middle
+    assert slice_header(slice_header(header_of(range(16)), 1, 4), 0, 2) == middle
     begin, end = middle.block_range(1)
     assert np.array_equal(sealed_image(middle)[begin:end], kv_of(hashes[1], ids[8:12]))
 

@@ -5,9 +5,10 @@ from hypothesis import strategies as st
 
 from cache.events import ExtentStored, Tier
 from cache.eviction import LruPolicy
+from cache.extent_tree import Extent
 from cache.hashing import pack_hashes
-from cache.holdings import Extent, Holdings
-from tests.cache.chains import ROOT, header_of
+from cache.holdings import Holdings
+from tests.cache.chains import header_of
 
 # A forest of extents: each a path of branch numbers, stored with all its ancestors.
 PATHS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4).map(tuple), min_size=1, max_size=8)
@@ -19,7 +20,7 @@ def hold(held: Holdings, path: Path, *, in_dram: bool = True, on_disk: bool = Fa
     tokens = [branch for branch in path for _ in range(4)]
     header = header_of(tokens, first=len(path) - 1)
     extent = Extent(header, 1, in_dram=in_dram, on_disk=on_disk)
-    held.add(extent)
+    held.add(extent, held.tree.find_first(header.parent_hash))
     held.show(extent)
     for tier in (Tier.DRAM, Tier.DISK):
         if extent.is_in(tier):
@@ -80,9 +81,9 @@ def test_a_child_that_is_being_made_holds_its_parent() -> None:
     held = Holdings(LruPolicy)
     parent = hold(held, (0,))
     child = Extent(header_of([0] * 8, first=1), 1)
-    held.add(child)
+    held.add(child, parent)
     held.check_integrity()
-    assert held.is_preparing(child.header.block_hashes[0])
+    assert child.is_prepared
     assert held.pick_victims(Tier.DRAM, 1, lambda extent: True) is None
     held.remove(child)
     held.check_integrity()
@@ -117,4 +118,40 @@ def test_the_snapshot_names_each_tier_and_hides_what_is_transient() -> None:
     hidden.is_transient = True
     packed = pack_hashes(both.header.block_hashes)
     assert held.snapshot() == [ExtentStored(both.extent_id, tier, packed) for tier in (Tier.DRAM, Tier.DISK)]
-    assert held.match(ROOT, both.header.block_hashes, both.header.token_ids, 4).num_blocks == 1
+
+
+def recovered(tokens: list[int], first: int = 0) -> Extent:
+    return Extent(header_of(tokens, first=first), 1, on_disk=True)
+
+
+def recover(held: Holdings, extents: list[Extent]) -> list[Extent]:
+    """As the ledger does: those that stay come into the policy."""
+    left_out = held.add_recovered(extents)
+    for extent in extents:
+        if extent not in left_out:
+            held.policies[Tier.DISK].add(extent.extent_id)
+    held.check_integrity()
+    return left_out
+
+
+@given(order=st.permutations(range(4)))
+def test_what_a_folder_held_hangs_together_and_superseded_tails_go_first(order: list[int]) -> None:
+    held = Holdings(LruPolicy)
+    first, second = recovered([0] * 4), recovered([0] * 12, first=1)
+    inside, at_the_end = recovered([0] * 10, first=2), recovered([0] * 13, first=3)
+    extents = [first, second, inside, at_the_end]
+    assert recover(held, [extents[at] for at in order]) == []
+    assert (second.parent, inside.parent, at_the_end.parent) == (first, second, second)
+    assert (held.num_blocks, inside.is_superseded, at_the_end.is_superseded) == (5, True, False)
+    assert held.pick_victims(Tier.DISK, 1, lambda extent: True) == [inside]
+
+
+def test_what_is_held_already_stays_and_the_folders_copy_is_left_out() -> None:
+    held = Holdings(LruPolicy)
+    there = hold(held, (0, 1))
+    again = Extent(there.header, 1, on_disk=True)
+    around = recovered([0, 0, 0, 0, 1, 1, 1, 1])
+    assert recover(held, [again]) == [again]
+    assert recover(held, [around]) == [around], "its second block lies in the one that is there"
+    assert list(held) == [there]
+    assert there.parent is None

@@ -1,82 +1,13 @@
-"""The ledger's decisions, one law at a time. `test_ledger_machine.py` mixes them all."""
-
-from collections.abc import Sequence
+"""The ledger's decisions, one law at a time. `test_node_store_machine.py` mixes them all."""
 
 import pytest
 
-from cache.events import Event, ExtentRemoved, ExtentStored, Tier
-from cache.extent import ExtentHeader
-from cache.ledger import Budgets, Drop, Ledger, StoreDecision
-from tests.cache.chains import BLOCK_SIZE, IMAGE_BYTES, budgets, header_of, offer, query
+from cache.events import ExtentRemoved, ExtentStored, Tier
+from cache.occupancy import Drop
+from tests.cache.books import Books, chain, last_extent
+from tests.cache.chains import BLOCK_SIZE, IMAGE_BYTES, budgets, header_of, query
 
 DRAM, DISK = Tier.DRAM, Tier.DISK
-
-
-class Books:
-    """A ledger of extents of one block, with the verbs of its caller and a clock that is told the time."""
-
-    def __init__(self, dram: int = 4, disk: int = 0, handoff: int = 4, limits: Budgets | None = None) -> None:
-        sizes = (number * IMAGE_BYTES for number in (dram, disk, handoff))
-        self.events: list[Event] = []
-        self.ledger = Ledger(limits or budgets(*sizes), self.events.append, lease_ttl_s=60.0)
-        self.now = 0.0
-        self.drops: list[Drop] = []
-
-    def prepare(
-        self, tokens: Sequence[int], handoff_owner: str | None = None, transient: bool = False
-    ) -> StoreDecision:
-        decision = self.ledger.prepare_store(
-            offer(tokens, handoff_owner=handoff_owner, is_transient=transient), self.now
-        )
-        self.drops += decision.drops
-        self.ledger.check_integrity()
-        return decision
-
-    def store(self, tokens: Sequence[int], handoff_owner: str | None = None, transient: bool = False) -> bool:
-        """Offer and complete until all is stored; False if some was refused."""
-        while True:
-            decision = self.prepare(tokens, handoff_owner, transient)
-            for header in decision.granted:
-                assert self.ledger.complete_store(header.extent_id, self.now)
-                self.ledger.check_integrity()
-            if not decision.granted or not decision.has_more:
-                return not (decision.is_full or decision.is_busy)
-
-    def write_behind(self) -> list[str]:
-        """Write everything that is dirty; the ids written."""
-        written: list[str] = []
-        while True:
-            header, drops = self.ledger.next_write()
-            self.drops += drops
-            self.ledger.check_integrity()
-            if header is None:
-                return written
-            self.drops += self.ledger.written(header.extent_id)
-            self.ledger.check_integrity()
-            written.append(header.extent_id)
-
-    def found(self, tokens: Sequence[int], owner: str = "reader", *, release: bool = True) -> int:
-        _, num_tokens = self.ledger.prepare_load(query(tokens, owner), self.now)
-        self.ledger.check_integrity()
-        if release:
-            self.release(owner)
-        return num_tokens
-
-    def release(self, owner: str) -> None:
-        self.drops += self.ledger.complete_load(owner)
-        self.ledger.check_integrity()
-
-    def expire(self) -> None:
-        self.drops += self.ledger.expire(self.now)
-        self.ledger.check_integrity()
-
-
-def chain(number: int, num_blocks: int = 1, tail: int = 0) -> list[int]:
-    return [number * 1000 + i for i in range(num_blocks * BLOCK_SIZE + tail)]
-
-
-def last_extent(tokens: Sequence[int]) -> ExtentHeader:
-    return header_of(tokens, first=max(0, (len(tokens) - 1) // BLOCK_SIZE))
 
 
 # -- storing ----------------------------------------------------------------------------------------
@@ -97,7 +28,7 @@ def test_only_missing_blocks_are_granted() -> None:
     assert not books.prepare(chain(1, 2)).granted
     granted = books.prepare(chain(1, 4, tail=2)).granted
     assert [header.num_tokens for header in granted] == [4, 4, 2]
-    assert granted[0].parent_hash == last_extent(chain(1, 2)).block_hashes[0]
+    assert granted[0].parent_hash == last_extent(chain(1, 2)).block_hash(0)
 
 
 def test_a_hole_in_a_chain_is_filled() -> None:
@@ -201,7 +132,7 @@ def test_one_store_may_evict_most_of_a_chain_that_was_stored_root_first() -> Non
     books = Books(limits=budgets(dram=4 * IMAGE_BYTES, disk=0, blocks=40))
     for end in (1, 2, 3, 4):
         books.store(chain(1, end))
-    assert books.ledger.num_extents == 4
+    assert len(books.ledger.held) == 4
     assert books.store(chain(2, 20))
     assert books.ledger.counters["evicted_dram_extents"] == 3
     assert books.found(chain(2, 20)) == 20 * BLOCK_SIZE
@@ -261,7 +192,9 @@ def test_a_write_does_not_evict_its_own_ancestors_from_disk() -> None:
     books.store(chain(1, 4))
     assert len(books.write_behind()) == 2
     assert books.ledger.counters["dropped_writes"] == 2
-    assert books.ledger.disk_order() == [header_of(chain(1, 4)[:end], end // 4 - 1).extent_id for end in (4, 8)]
+    assert list(books.ledger.held.policies[DISK].victims()) == [
+        header_of(chain(1, 4)[:end], end // 4 - 1).extent_id for end in (4, 8)
+    ]
 
 
 # -- superseded tails -------------------------------------------------------------------------------
@@ -283,7 +216,7 @@ def test_a_superseded_tail_is_never_written() -> None:
     books.store(chain(1, 0, tail=3))
     books.store(chain(1))
     assert books.write_behind() == [header_of(chain(1)).extent_id]
-    assert books.ledger.num_extents == 1
+    assert len(books.ledger.held) == 1
 
 
 def test_nor_is_one_that_is_being_read() -> None:
@@ -292,7 +225,7 @@ def test_nor_is_one_that_is_being_read() -> None:
     books.found(chain(1, 0, tail=3), release=False)
     books.store(chain(1))
     assert books.write_behind() == [header_of(chain(1)).extent_id]
-    assert books.ledger.num_extents == 2
+    assert len(books.ledger.held) == 2
     books.release("reader")
 
 
@@ -357,7 +290,7 @@ def test_an_extent_stored_again_under_an_old_lease_is_not_miscounted() -> None:
     books.store(chain(1))
     books.found(chain(1), "new", release=False)
     books.release("old")
-    assert books.ledger.find(header_of(chain(1)).extent_id).num_leases == 1  # type: ignore[union-attr]
+    assert books.ledger.held.find(header_of(chain(1)).extent_id).num_leases == 1  # type: ignore[union-attr]
     books.release("new")
 
 
@@ -385,7 +318,7 @@ def test_a_handoff_becomes_an_ordinary_extent_when_its_reader_is_done() -> None:
     books.store(chain(1, 2), handoff_owner="request")
     assert books.found(chain(1, 2), "request", release=False) == 2 * BLOCK_SIZE
     books.release("request")
-    assert (books.ledger.handoff_bytes, books.ledger.used_bytes[DRAM]) == (0, 2 * IMAGE_BYTES)
+    assert (books.ledger.room.handoff_bytes, books.ledger.room.used_bytes[DRAM]) == (0, 2 * IMAGE_BYTES)
     assert books.found(chain(1, 2)) == 2 * BLOCK_SIZE
 
 
@@ -396,17 +329,17 @@ def test_a_settled_handoff_makes_room_for_itself_or_leaves() -> None:
     books.store(chain(2), handoff_owner="request")
     books.release("request")
     assert books.found(chain(2)) == 0
-    assert books.ledger.handoff_bytes == 0
+    assert books.ledger.room.handoff_bytes == 0
 
 
 def test_a_handoff_that_must_first_be_written_settles_after_it() -> None:
     books = Books(dram=0, disk=4, handoff=2)
     books.store(chain(1), handoff_owner="request")
     books.release("request")
-    assert books.ledger.handoff_bytes == IMAGE_BYTES
+    assert books.ledger.room.handoff_bytes == IMAGE_BYTES
     books.write_behind()
     books.expire()
-    assert books.ledger.handoff_bytes == 0
+    assert books.ledger.room.handoff_bytes == 0
     assert books.found(chain(1)) == BLOCK_SIZE, "from disk"
 
 
@@ -415,18 +348,18 @@ def test_a_handoff_that_can_not_be_written_does_not_stay_for_ever(trouble: str) 
     books = Books(dram=0, disk=0, handoff=2, limits=budgets(0, 1 if trouble == "no room on disk" else 1 << 20))
     books.store(chain(1), handoff_owner="request")
     books.release("request")
-    assert books.ledger.handoff_bytes == IMAGE_BYTES
+    assert books.ledger.room.handoff_bytes == IMAGE_BYTES
     if trouble == "the disk is down":
-        books.ledger.disk_accepts_writes = False
+        books.ledger.room.disk_accepts_writes = False
     elif trouble == "the write is given up":
-        header, _ = books.ledger.next_write()
+        header = books.begin_write()
         assert header is not None
-        books.ledger.write_failed(header.extent_id, retry=False)
+        books.ledger.disk.write_failed([header.extent_id], retry=False)
     else:
         assert books.write_behind() == []
     books.expire()
-    assert books.ledger.handoff_bytes == 0
-    assert books.ledger.num_extents == 0
+    assert books.ledger.room.handoff_bytes == 0
+    assert len(books.ledger.held) == 0
 
 
 def test_blocks_of_a_handoff_that_were_stored_before_are_leased_to_its_reader() -> None:
@@ -443,167 +376,10 @@ def test_a_transient_extent_is_never_written_or_announced_and_goes_with_its_leas
     books.store(chain(1), handoff_owner="request", transient=True)
     assert books.found(chain(1), "request", release=False) == BLOCK_SIZE
     assert books.write_behind() == []
-    assert books.ledger.snapshot() == []
+    assert books.ledger.held.snapshot() == []
     books.release("request")
     assert books.events == []
-    assert books.ledger.num_extents == 0
-
-
-# -- disk -------------------------------------------------------------------------------------------
-
-
-def test_what_is_dirty_does_not_leave_dram() -> None:
-    books = Books(dram=1, disk=4)
-    books.store(chain(1))
-    assert books.prepare(chain(2)).is_full
-    books.write_behind()
-    assert books.store(chain(2))
-    assert books.found(chain(1)) == BLOCK_SIZE
-    assert books.ledger.dirty_bytes == IMAGE_BYTES
-
-
-def test_unless_the_disk_takes_nothing() -> None:
-    books = Books(dram=1, disk=4)
-    books.ledger.disk_accepts_writes = False
-    books.store(chain(1))
-    assert books.store(chain(2))
-    assert books.ledger.num_extents == 1
-
-
-def test_a_failed_write_is_tried_again_or_given_up() -> None:
-    books = Books(disk=4)
-    books.store(chain(1))
-    for retry in (True, False):
-        header, _ = books.ledger.next_write()
-        assert header is not None
-        assert books.ledger.has_dirty
-        books.ledger.write_failed(header.extent_id, retry=retry)
-        books.ledger.check_integrity()
-        assert books.ledger.has_dirty == retry
-    assert books.found(chain(1)) == BLOCK_SIZE
-
-
-def test_an_image_whose_file_was_bad_is_written_again() -> None:
-    books = Books(disk=4)
-    books.store(chain(1))
-    books.write_behind()
-    books.drops += books.ledger.discard(header_of(chain(1)).extent_id, DISK)
-    books.ledger.check_integrity()
-    assert books.write_behind() == [header_of(chain(1)).extent_id]
-
-
-def test_an_image_found_bad_while_it_is_written_is_not_believed_on_disk() -> None:
-    books = Books(disk=4)
-    books.store(chain(1))
-    header, _ = books.ledger.next_write()
-    assert header is not None
-    books.drops += books.ledger.discard(header.extent_id, DRAM)
-    assert books.found(chain(1)) == 0
-    assert books.ledger.written(header.extent_id) == [Drop(header.extent_id, DISK)]
-    books.ledger.check_integrity()
-    assert books.store(chain(1))
-
-
-def test_and_a_failed_write_of_it_leaves_nothing() -> None:
-    books = Books(disk=4)
-    books.store(chain(1))
-    header, _ = books.ledger.next_write()
-    assert header is not None
-    books.ledger.discard(header.extent_id, DRAM)
-    books.ledger.write_failed(header.extent_id, retry=True)
-    books.ledger.check_integrity()
-    assert books.ledger.num_extents == 0
-
-
-def test_a_full_disk_tier_evicts_by_its_own_order() -> None:
-    books = Books(dram=9, disk=2)
-    for number in (1, 2, 3):
-        books.store(chain(number))
-        books.write_behind()
-    assert books.drops == [Drop(header_of(chain(1)).extent_id, DISK)]
-    assert books.found(chain(1)) == BLOCK_SIZE, "still in dram"
-
-
-def test_promotion_reserves_and_ends_either_way() -> None:
-    books = Books(dram=1, disk=4)
-    books.store(chain(1))
-    books.write_behind()
-    books.store(chain(2))
-    books.write_behind()
-    extent_id = header_of(chain(1)).extent_id
-    for succeeded in (False, True):
-        drops = books.ledger.prepare_promote(extent_id)
-        assert drops is not None
-        books.ledger.check_integrity()
-        assert books.ledger.prepare_promote(extent_id) is None
-        books.ledger.complete_promote(extent_id, succeeded=succeeded)
-        books.ledger.check_integrity()
-    assert books.ledger.find(extent_id).in_dram  # type: ignore[union-attr]
-    assert books.ledger.prepare_promote("never seen") is None
-
-
-def test_a_promotion_whose_file_turns_out_bad_leaves_nothing() -> None:
-    books = Books(dram=1, disk=4)
-    header = header_of(chain(1))
-    assert books.ledger.recover(header)
-    assert books.ledger.prepare_promote(header.extent_id) == []
-    books.ledger.discard(header.extent_id, DISK)
-    assert books.found(chain(1)) == 0
-    books.ledger.complete_promote(header.extent_id, succeeded=False)
-    books.ledger.check_integrity()
-    assert books.ledger.num_extents == 0
-
-
-def test_what_is_being_promoted_stays_on_disk() -> None:
-    books = Books(dram=9, disk=1)
-    header = header_of(chain(1))
-    books.ledger.recover(header)
-    assert books.ledger.prepare_promote(header.extent_id) == []
-    books.store(chain(2))
-    assert books.write_behind() == []
-    books.ledger.complete_promote(header.extent_id, succeeded=True)
-
-
-def test_the_second_hit_earns_a_promotion() -> None:
-    books = Books(disk=4)
-    books.ledger.recover(header_of(chain(1)))
-    extent = books.ledger.find(header_of(chain(1)).extent_id)
-    assert extent is not None
-    assert [books.ledger.note_disk_hit(extent) for _ in range(3)] == [False, True, True]
-
-
-# -- recovery ---------------------------------------------------------------------------------------
-
-
-def test_recovered_extents_are_found_and_superseded_tails_go_first() -> None:
-    books = Books(disk=3)
-    for header in (header_of(chain(1)), header_of(chain(1, 0, tail=2)), header_of(chain(2))):
-        assert books.ledger.recover(header)
-    books.ledger.check_integrity()
-    assert books.found(chain(1)) == BLOCK_SIZE
-    books.store(chain(3))
-    books.write_behind()
-    assert books.drops == [Drop(header_of(chain(1, 0, tail=2)).extent_id, DISK)]
-
-
-def test_a_block_that_lies_in_two_files_is_recovered_once() -> None:
-    books = Books(disk=9)
-    assert books.ledger.recover(header_of(chain(1, 2)))
-    assert not books.ledger.recover(header_of(chain(1, 3), first=1))
-    books.ledger.check_integrity()
-    books.ledger.discard(header_of(chain(1, 2)).extent_id, DISK)
-    books.ledger.check_integrity()
-    assert books.ledger.num_extents == 0
-
-
-def test_a_smaller_disk_budget_shrinks_what_was_recovered_leaf_first() -> None:
-    books = Books(disk=1)
-    for first in range(3):
-        books.ledger.recover(header_of(chain(1, first + 1), first))
-    assert [drop.extent_id for drop in books.ledger.shrink_disk()] == [
-        header_of(chain(1, end), end - 1).extent_id for end in (3, 2)
-    ]
-    books.ledger.check_integrity()
+    assert len(books.ledger.held) == 0
 
 
 # -- lookups ----------------------------------------------------------------------------------------
@@ -613,12 +389,10 @@ def test_a_reader_that_has_the_beginning_needs_only_the_rest() -> None:
     books = Books(dram=9)
     books.store(chain(1, 3, tail=1))
     for first, expected in ((0, 13), (1, 13), (3, 13)):
-        places, num_tokens = books.ledger.prepare_load(query(chain(1, 3, tail=2), first=first), 0.0)
-        assert (len(places), num_tokens) == (4 - first, expected)
+        assert books.load(query(chain(1, 3, tail=2), first=first)) == (4 - first, expected)
     books.ledger.discard(header_of(chain(1)).extent_id, DRAM)
     assert books.found(chain(1, 3)) == 0
-    places, num_tokens = books.ledger.prepare_load(query(chain(1, 3), first=1), 0.0)
-    assert (len(places), num_tokens) == (2, 12)
+    assert books.load(query(chain(1, 3), first=1)) == (2, 12)
 
 
 def test_a_match_may_end_inside_a_block() -> None:
@@ -636,4 +410,4 @@ def test_the_state_can_be_read_off() -> None:
     assert repr(books.ledger) == (
         f"<Ledger 1 extents, dram {IMAGE_BYTES}/{2 * IMAGE_BYTES}, disk 0/{3 * IMAGE_BYTES}, 1 to write, 0 leases>"
     )
-    assert books.ledger.num_blocks == 1
+    assert books.ledger.held.num_blocks == 1

@@ -1,11 +1,7 @@
-"""The node store on real memory and real files: durability, trouble with the disk, clocks and threads."""
+"""The node store on real memory and real files: durability, stores, leases, clocks, events and threads."""
 
-import logging
-import shutil
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +11,9 @@ from cache.client import WarehouseClient
 from cache.events import DeviceBlocks, ExtentRemoved, ExtentStored, ReplicaGone, ReplicaLoad, Tier
 from cache.extent import Image
 from cache.hashing import pack_hashes
-from cache.ledger import Budgets
 from cache.messages import StoreGrant
-from cache.node_store import NodeStore, NodeStoreConfig
+from cache.node_store import NodeStore
+from cache.occupancy import Budgets
 from cache.tiers.disk import FileTier
 from cache.tiers.memory import MemoryTier
 from tests.cache.chains import (
@@ -35,39 +31,7 @@ from tests.cache.chains import (
     store_config,
     unique_tokens,
 )
-
-TOKENS = list(range(100, 130))
-OTHER = list(range(500, 512))
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def wait_until(holds: Callable[[], bool], timeout_s: float = 30.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, "it did not come true"
-        time.sleep(0.01)
-
-
-def open_store(folder: Path | None, config: NodeStoreConfig | None = None) -> NodeStore:
-    disk = FileTier(folder, fsync=False) if folder is not None else None
-    return NodeStore(config or store_config(), MemoryTier(), disk)
-
-
-def read(store: NodeStore, tokens: list[int]) -> tuple[int, set[str]]:
-    found = read_and_check(WarehouseClient(store), query(tokens))
-    return found.tokens, set(found.tiers)
-
-
-def counter(store: NodeStore, name: str) -> int:
-    return store.stats().counters.get(name, 0)
-
+from tests.cache.stores import OTHER, TOKENS, Clock, counter, extent_files, in_thread, open_store, read, wait_until
 
 # -- write-behind and restart -----------------------------------------------------------------------
 
@@ -78,7 +42,7 @@ def test_after_a_flush_everything_is_on_disk(tmp_path: Path) -> None:
         assert store.flush()
         stats = store.stats()
         assert (stats.dirty_bytes, stats.disk_bytes, stats.dram_bytes) == (0, 8 * IMAGE_BYTES - 128, stats.disk_bytes)
-        files = list((tmp_path / "w").glob("extents/*/*/*.kv"))
+        files = extent_files(tmp_path / "w")
         assert sum(path.stat().st_size for path in files) == stats.disk_bytes
         assert stats.directory == str(tmp_path / "w")
 
@@ -108,7 +72,7 @@ def test_a_restart_with_a_smaller_disk_budget_deletes_files(tmp_path: Path) -> N
         store_chain(store, TOKENS)
     with open_store(tmp_path / "w", store_config(budgets(disk=3 * IMAGE_BYTES))) as store:
         assert store.stats().disk_bytes == 3 * IMAGE_BYTES
-        wait_until(lambda: len(list((tmp_path / "w").glob("extents/*/*/*.kv"))) == 3)
+        wait_until(lambda: len(extent_files(tmp_path / "w")) == 3)
         assert read(store, TOKENS) == (12, {Tier.DISK})
         store.check_integrity()
 
@@ -117,10 +81,11 @@ def test_a_block_that_lies_in_two_files_is_recovered_once(tmp_path: Path) -> Non
     disk = FileTier(tmp_path / "w")
     for header in (header_of(TOKENS[:8]), header_of(TOKENS[:12], first=1)):
         disk.write(header, sealed_image(header))
+        disk.commit()
     disk.close()
     with open_store(tmp_path / "w") as store:
         store.check_integrity()
-        wait_until(lambda: len(list((tmp_path / "w").glob("extents/*/*/*.kv"))) == 1)
+        wait_until(lambda: len(extent_files(tmp_path / "w")) == 1)
         assert read(store, TOKENS[:12]) == (8, {Tier.DISK})
 
 
@@ -137,189 +102,6 @@ def test_the_order_of_use_survives_a_restart(tmp_path: Path) -> None:
         assert store.flush()
     with open_store(tmp_path / "w", config) as store:
         assert [read(store, chain)[0] for chain in chains] == [4, 0, 4, 4]
-
-
-# -- promotion --------------------------------------------------------------------------------------
-
-
-def test_the_second_hit_promotes(tmp_path: Path) -> None:
-    with open_store(tmp_path / "w") as store:
-        store_chain(store, TOKENS)
-    with open_store(tmp_path / "w") as store:
-        assert read(store, TOKENS) == (30, {Tier.DISK})
-        assert counter(store, "promoted_extents") == 0
-        assert read(store, TOKENS) == (30, {Tier.DISK})
-        wait_until(lambda: counter(store, "promoted_extents") == 8)
-        assert read(store, TOKENS) == (30, {Tier.DRAM})
-        store.check_integrity()
-
-
-def test_a_bad_file_is_not_promoted_but_quarantined(tmp_path: Path) -> None:
-    with open_store(tmp_path / "w") as store:
-        store_chain(store, OTHER)
-    header = header_of(OTHER[:4])
-    with open_store(tmp_path / "w") as store:
-        store.prepare_load(query(OTHER[:4]))
-        damage(tmp_path / "w", header.extent_id)
-        store.prepare_load(query(OTHER[:4]))
-        wait_until(lambda: counter(store, "quarantined_extents") == 1)
-        assert read(store, OTHER)[0] == 0
-        store.complete_load("reader")
-        store.check_integrity()
-
-
-def test_no_room_in_dram_is_no_harm(tmp_path: Path) -> None:
-    with open_store(tmp_path / "w") as store:
-        store_chain(store, TOKENS)
-    with open_store(tmp_path / "w", store_config(budgets(dram=100))) as store:
-        for _ in range(4):
-            assert read(store, TOKENS) == (30, {Tier.DISK})
-        store.check_integrity()
-
-
-# -- bad images -------------------------------------------------------------------------------------
-
-
-def damage(folder: Path, extent_id: str, at: int = -1) -> None:
-    (path,) = folder.glob(f"extents/*/*/{extent_id}.kv")
-    content = bytearray(path.read_bytes())
-    content[at] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("at", [-1, 30, 4096], ids=["last byte", "header", "first byte"])
-def test_a_bad_file_is_a_miss_is_quarantined_and_counted(
-    tmp_path: Path, at: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    with open_store(tmp_path / "w") as store:
-        store_chain(store, OTHER)
-    bad = header_of(OTHER[:8], first=1).extent_id
-    damage(tmp_path / "w", bad, at)
-    with open_store(tmp_path / "w") as store, caplog.at_level(logging.WARNING):
-        assert read(store, OTHER) == (4, {Tier.DISK})
-        assert read(store, OTHER) == (4, {Tier.DISK})
-        assert counter(store, "quarantined_extents") == 1
-        wait_until(lambda: (tmp_path / "w" / "quarantine" / f"{bad}.kv").exists())
-        assert f"quarantined extent {bad} in disk" in caplog.text
-        assert store_chain(store, OTHER), "and can be stored again"
-        assert read(store, OTHER)[0] == 12
-        assert store.flush()
-        store.check_integrity()
-    with open_store(tmp_path / "w") as store:
-        assert read(store, OTHER) == (12, {Tier.DISK})
-
-
-def test_a_file_that_is_gone_or_cut_is_a_miss(tmp_path: Path) -> None:
-    with open_store(tmp_path / "w") as store:
-        store_chain(store, OTHER)
-        store_chain(store, TOKENS)
-    for tokens, cut in ((OTHER, True), (TOKENS, False)):
-        (path,) = (tmp_path / "w").glob(f"extents/*/*/{header_of(tokens[:4]).extent_id}.kv")
-        path.write_bytes(path.read_bytes()[:4200]) if cut else path.unlink()
-    with open_store(tmp_path / "w") as store:
-        assert read(store, OTHER)[0] == read(store, TOKENS)[0] == 0
-        assert counter(store, "quarantined_extents") == 2
-        store.check_integrity()
-
-
-def test_a_bad_image_in_dram_falls_back_to_disk(tmp_path: Path) -> None:
-    with open_store(tmp_path / "w") as store:
-        store_chain(store, OTHER)
-        assert store.flush()
-        store.report_bad(header_of(OTHER[:4]).extent_id, Tier.DRAM, "a test says so")
-        assert read(store, OTHER) == (12, {Tier.DRAM, Tier.DISK})
-        store.report_bad("unknown", Tier.DRAM, "nobody knows it")
-        assert counter(store, "quarantined_extents") == 1
-
-
-# -- trouble with the disk --------------------------------------------------------------------------
-
-
-def test_a_disk_that_fails_degrades_and_comes_back_by_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = tmp_path / "w"
-    with open_store(folder, store_config(disk_retry_s=0.05)) as store, caplog.at_level(logging.WARNING):
-        shutil.rmtree(folder / "tmp")
-        store_chain(store, TOKENS)
-        wait_until(lambda: store.stats().state.startswith("degraded: "))
-        assert "No such file" in store.stats().state
-        assert read(store, TOKENS) == (30, {Tier.DRAM}), "serving goes on"
-        assert not store.flush(timeout_s=0.2)
-        store.check_integrity()
-        (folder / "tmp").mkdir()
-        wait_until(lambda: store.stats().state == "ok")
-        assert store.flush()
-        assert store.stats().disk_bytes == store.stats().dram_bytes
-        assert caplog.text.count("is degraded") == 1, "one line says so"
-        assert caplog.text.count("works again") == 1
-
-
-def test_while_the_disk_is_down_dram_goes_on_as_a_cache(tmp_path: Path) -> None:
-    config = store_config(budgets(dram=3 * IMAGE_BYTES), disk_retry_s=1000.0)
-    with open_store(tmp_path / "w", config) as store:
-        shutil.rmtree(tmp_path / "w" / "tmp")
-        store_chain(store, OTHER[:4])
-        wait_until(lambda: store.stats().state != "ok")
-        for number in range(5):
-            tokens = [number * 1000 + i for i in range(BLOCK_SIZE)]
-            assert store_chain(store, tokens)
-            assert read(store, tokens) == (4, {Tier.DRAM})
-        store.check_integrity()
-
-
-def test_free_space_below_the_limit_stops_growth_not_service(tmp_path: Path) -> None:
-    config = replace(store_config(), min_free_bytes=1 << 60)
-    with open_store(tmp_path / "w", config) as store:
-        store_chain(store, OTHER)
-        wait_until(lambda: counter(store, "dropped_writes") == 3)
-        assert store.stats().state.startswith("degraded: less than 1099511627776 MiB free")
-        assert read(store, OTHER) == (12, {Tier.DRAM})
-        assert list((tmp_path / "w").glob("extents/*/*/*")) == []
-        store.check_integrity()
-
-
-def test_a_deletion_that_fails_is_tried_again(tmp_path: Path) -> None:
-    folder = tmp_path / "w"
-    with open_store(folder, store_config(budgets(disk=IMAGE_BYTES), disk_retry_s=0.05)) as store:
-        first, second = OTHER[:4], TOKENS[:4]
-        store_chain(store, first)
-        assert store.flush()
-        (path,) = folder.glob("extents/*/*/*.kv")
-        path.unlink()
-        path.mkdir()  # unlinking a folder fails
-        store_chain(store, second)
-        wait_until(lambda: store.stats().state != "ok" or store.flush(0.1))
-        path.rmdir()
-        wait_until(lambda: store.flush(0.1) and not store._removals)
-        store.check_integrity()
-    with open_store(folder) as store:
-        assert store.stats().num_recovered_blocks == 1
-        assert [read(store, tokens)[0] for tokens in (first, second)] == [0, 4]
-
-
-def test_a_late_removal_spares_what_was_written_again(tmp_path: Path) -> None:
-    folder, extent_id = tmp_path / "w", header_of(OTHER[:4]).extent_id
-    with open_store(folder, store_config(disk_retry_s=0.05)) as store:
-        store_chain(store, OTHER[:4])
-        assert store.flush()
-        (folder / "quarantine").rmdir()  # setting a file aside fails
-        store.report_bad(extent_id, Tier.DISK, "a test says so")
-        wait_until(lambda: store.stats().disk_bytes == IMAGE_BYTES and store.flush(0.1))
-        (folder / "quarantine").mkdir()
-        wait_until(lambda: not store._removals)
-        assert list((folder / "quarantine").iterdir()) == []
-        assert read(store, OTHER[:4]) == (4, {Tier.DRAM})
-        store_chain(store, TOKENS)
-        wait_until(lambda: store.flush(0.1))
-        store.check_integrity()
-    with open_store(folder) as store:
-        assert [read(store, tokens)[0] for tokens in (OTHER[:4], TOKENS)] == [4, 30]
-
-
-def test_a_budget_for_a_disk_that_is_not_there_means_nothing() -> None:
-    with open_store(None) as store:
-        assert store_chain(store, OTHER)
-        assert store.flush()
-        assert (store.stats().disk_budget_bytes, store.stats().directory) == (0, None)
 
 
 # -- stores and leases ------------------------------------------------------------------------------
@@ -343,13 +125,6 @@ def test_a_full_handoff_budget_refuses_at_once() -> None:
     with open_store(None, store_config(budgets(handoff=IMAGE_BYTES), store_wait_s=600.0)) as store:
         store.prepare_store(offer(OTHER[:4], handoff_owner="request"))
         assert store.prepare_store(offer(TOKENS[:4], handoff_owner="request")).refusal == "no room"
-
-
-def in_thread(call: Callable[[], object]) -> tuple[threading.Thread, list[object]]:
-    answers: list[object] = []
-    thread = threading.Thread(target=lambda: answers.append(call()))
-    thread.start()
-    return thread, answers
 
 
 @pytest.mark.parametrize("ends", ["complete", "abort"])
@@ -545,8 +320,8 @@ def test_the_store_shrinks_and_grows_without_end(tmp_path: Path) -> None:
             assert store_chain(store, tokens)
         assert store.flush()
         store.check_integrity()
-        wait_until(lambda: not store._removals)
-    files = list((tmp_path / "w").glob("extents/*/*/*.kv"))
+        wait_until(lambda: not store._worker._removals)
+    files = extent_files(tmp_path / "w")
     assert sum(path.stat().st_size for path in files) <= limits.disk_bytes
     with open_store(tmp_path / "w", store_config(limits)) as store:
         assert store.stats().num_extents == len(files)

@@ -16,14 +16,16 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from cache.client import WarehouseClient
 from cache.events import ExtentRemoved, ExtentStored, Tier
-from cache.ledger import Budgets
+from cache.messages import PurgeQuery
 from cache.node_store import NodeStore
+from cache.occupancy import Budgets
 from cache.tiers.disk import FileTier
 from cache.tiers.index_db import IndexDb
 from cache.tiers.memory import MemoryTier
 from tests.cache.chains import (
     BLOCK_BYTES,
     IMAGE_BYTES,
+    ROOT,
     budgets,
     crash,
     fill,
@@ -48,6 +50,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     limits: Budgets = budgets(blocks=2)
     is_roomy = True
+    commit_interval_s = 0.0
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +64,8 @@ class StoreMachine(RuleBasedStateMachine):
     @initialize()
     def open(self) -> None:
         disk = FileTier(self.folder / "w", fsync=False, lock_wait_s=0.0)
-        self.store = NodeStore(store_config(self.limits, disk_retry_s=0.01), MemoryTier(), disk)
+        config = store_config(self.limits, retry_s=0.01, commit_interval_s=self.commit_interval_s)
+        self.store = NodeStore(config, MemoryTier(), disk)
         self.client = WarehouseClient(self.store)
         self.held: set[tuple[str, Tier]] = set()
         self.epoch: str | None = None
@@ -115,6 +119,16 @@ class StoreMachine(RuleBasedStateMachine):
     @rule()
     def end_the_lease(self) -> None:
         self.store.complete_load("holder")
+
+    @rule()
+    def purge_all(self) -> None:
+        receipt = self.store.purge(PurgeQuery(root_hash=ROOT))
+        assert (receipt.num_left, receipt.num_kept_blocks) == (0, 0)
+        assert list(self.folder.glob("w/extents/*/*/*")) == []
+        stats = self.store.stats()
+        assert (stats.num_extents, stats.num_blocks, stats.dirty_bytes) == (0, 0, 0)
+        assert (stats.dram_bytes, stats.disk_bytes, stats.handoff_bytes) == (0, 0, 0)
+        self.ever, self.now, self.durable = [], [], []
 
     # -- what happens to the store ------------------------------------------------------------------
 
@@ -193,6 +207,12 @@ class TinyStoreMachine(StoreMachine):
     is_roomy = False
 
 
+class TinyBatchedMachine(TinyStoreMachine):
+    """The same, with several writes made durable together."""
+
+    commit_interval_s = 0.02
+
+
 class TinyDiskMachine(StoreMachine):
     """A disk tier of one extent."""
 
@@ -200,10 +220,11 @@ class TinyDiskMachine(StoreMachine):
     is_roomy = False
 
 
-for machine in (StoreMachine, TinyStoreMachine, TinyDiskMachine):
+for machine in (StoreMachine, TinyStoreMachine, TinyBatchedMachine, TinyDiskMachine):
     machine.TestCase.settings = settings(
         max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
     )
 TestRoomyStore = StoreMachine.TestCase
 TestTinyStore = TinyStoreMachine.TestCase
+TestTinyBatched = TinyBatchedMachine.TestCase
 TestTinyDisk = TinyDiskMachine.TestCase

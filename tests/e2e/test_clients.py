@@ -1,6 +1,7 @@
 """The ways in beside plain HTTP: the SDK, `tokenloft chat`, and a Ray job, against a server as a user starts it."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -79,7 +80,7 @@ def test_chat_in_a_pipe_answers_on_standard_output(server: Server, tmp_path: Pat
     assert [message["role"] for message in messages] == ["user", "assistant"] * 2
     resumed = run_chat(server, ["And then?"], "--load", str(saved))
     assert resumed.returncode == 0
-    assert "0 of" not in resumed.stderr
+    assert re.search(r"\b0 of", resumed.stderr) is None
 
 
 def test_chat_with_a_bad_file_is_one_clear_line(server: Server, tmp_path: Path) -> None:

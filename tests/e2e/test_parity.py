@@ -114,7 +114,7 @@ def test_disk_hits(plain_model_dir: Path, checker: Checker) -> None:
         "prefill.replicas": 0,
         "cache.dram_bytes": "1MB",
         "cache.extent_max_bytes": "200KB",
-        "cache.fsync": "false",
+        "cache.fsync": "never",
         **TINY_POOL,
     }
     with ServerHome() as home, Server(home, str(plain_model_dir), settings) as server:

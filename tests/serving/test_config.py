@@ -122,6 +122,11 @@ class TestRefusals:
             ("{a: 1}: 2", "not valid YAML"),
             ("http: {port: 2001-13-01}", "not valid YAML"),
             ("http: {1: 2}", "http.1: unknown key; known here: host, port"),
+            (
+                "cache: {kv_dtype: int4}",
+                "cache.kv_dtype: should be 'auto', 'float32', 'bfloat16', 'float16', 'float8_e4m3fn' or 'int8', "
+                "not 'int4'",
+            ),
             ("http: {prt: 1}\nmodel: {dtype: 3}", "(and 1 more)"),
         ],
     )

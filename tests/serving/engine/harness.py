@@ -12,10 +12,11 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from cache.client import WarehouseClient
+from cache.disk_worker import DiskConfig
 from cache.fingerprint import Fingerprint
 from cache.hashing import BlockHash, as_token_ids, chain_hashes
-from cache.ledger import Budgets
 from cache.node_store import NodeStore, NodeStoreConfig
+from cache.occupancy import Budgets
 from cache.tiers.disk import FileTier
 from cache.tiers.memory import MemoryTier
 from serving.engine.engine import Engine, EngineConfig
@@ -175,6 +176,7 @@ def make_engine(
     step_tokens: int = 64,
     max_running: int = 8,
     block_size: int = BLOCK_SIZE,
+    kv_dtype: str | None = None,
 ) -> Engine:
     runner = ModelRunner(model_dir)
     tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
@@ -186,6 +188,7 @@ def make_engine(
         step_tokens=step_tokens,
         max_running=max_running,
         remote_threshold_tokens=32,
+        kv_dtype=kv_dtype,
     )
     connect = (lambda node_id: WarehouseClient(store)) if store is not None else None
     return Engine(runner, config, tokenizer, connect)
@@ -206,4 +209,4 @@ def open_store(directory: Path | None, *, dram_bytes: int = 64 << 20, disk_bytes
     """A node store in this process, with plain memory as its dram tier."""
     disk = FileTier(directory) if directory is not None else None
     budgets = Budgets(dram_bytes, disk_bytes if disk else 0, 64 << 20)
-    return NodeStore(NodeStoreConfig(budgets, min_free_bytes=0), MemoryTier(), disk)
+    return NodeStore(NodeStoreConfig(budgets, DiskConfig(min_free_bytes=0)), MemoryTier(), disk)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from cache.ledger import Budgets
 from cache.messages import LoadGrant, LoadQuery, StoreGrant, StoreOffer
 from cache.node_store import NodeStore, NodeStoreConfig
+from cache.occupancy import Budgets
 from cache.tiers.memory import MemoryTier
 from serving.engine.sequence import EngineRequest, Listener, Sequence
 from serving.protocol import SamplingParams
@@ -59,7 +59,7 @@ class GatedStore(NodeStore):
 
     def __init__(self, handoff_bytes: int = 64 << 20) -> None:
         budgets = Budgets(64 << 20, 0, handoff_bytes)
-        super().__init__(NodeStoreConfig(budgets, min_free_bytes=0, store_wait_s=0.0), MemoryTier(), None)
+        super().__init__(NodeStoreConfig(budgets, store_wait_s=0.0), MemoryTier(), None)
         self.loads = Gate()
         self.stores = Gate()
 

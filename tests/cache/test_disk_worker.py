@@ -1,0 +1,186 @@
+"""What moves between the tiers by itself: promotions, bad images, batched writes, and every trouble with the disk."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+
+from cache.events import Tier
+from tests.cache.chains import BLOCK_SIZE, IMAGE_BYTES, budgets, header_of, query, store_chain, store_config
+from tests.cache.stores import OTHER, TOKENS, counter, damage, open_store, read, wait_until
+
+# -- promotion --------------------------------------------------------------------------------------
+
+
+def test_the_second_hit_promotes(tmp_path: Path) -> None:
+    with open_store(tmp_path / "w") as store:
+        store_chain(store, TOKENS)
+    with open_store(tmp_path / "w") as store:
+        assert read(store, TOKENS) == (30, {Tier.DISK})
+        assert counter(store, "promoted_extents") == 0
+        assert read(store, TOKENS) == (30, {Tier.DISK})
+        wait_until(lambda: counter(store, "promoted_extents") == 8)
+        assert read(store, TOKENS) == (30, {Tier.DRAM})
+        store.check_integrity()
+
+
+def test_a_bad_file_is_not_promoted_but_quarantined(tmp_path: Path) -> None:
+    with open_store(tmp_path / "w") as store:
+        store_chain(store, OTHER)
+    header = header_of(OTHER[:4])
+    with open_store(tmp_path / "w") as store:
+        store.prepare_load(query(OTHER[:4]))
+        damage(tmp_path / "w", header.extent_id)
+        store.prepare_load(query(OTHER[:4]))
+        wait_until(lambda: counter(store, "quarantined_extents") == 1)
+        assert read(store, OTHER)[0] == 0
+        store.complete_load("reader")
+        store.check_integrity()
+
+
+def test_no_room_in_dram_is_no_harm(tmp_path: Path) -> None:
+    with open_store(tmp_path / "w") as store:
+        store_chain(store, TOKENS)
+    with open_store(tmp_path / "w", store_config(budgets(dram=100))) as store:
+        for _ in range(4):
+            assert read(store, TOKENS) == (30, {Tier.DISK})
+        store.check_integrity()
+
+
+# -- bad images -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", [-1, 30, 4096], ids=["last byte", "header", "first byte"])
+def test_a_bad_file_is_a_miss_is_quarantined_and_counted(
+    tmp_path: Path, at: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with open_store(tmp_path / "w") as store:
+        store_chain(store, OTHER)
+    bad = header_of(OTHER[:8], first=1).extent_id
+    damage(tmp_path / "w", bad, at)
+    with open_store(tmp_path / "w") as store, caplog.at_level(logging.WARNING):
+        assert read(store, OTHER) == (4, {Tier.DISK})
+        assert read(store, OTHER) == (4, {Tier.DISK})
+        assert counter(store, "quarantined_extents") == 1
+        wait_until(lambda: (tmp_path / "w" / "quarantine" / f"{bad}.kv").exists())
+        assert f"quarantined extent {bad} in disk" in caplog.text
+        assert store_chain(store, OTHER), "and can be stored again"
+        assert read(store, OTHER)[0] == 12
+        assert store.flush()
+        store.check_integrity()
+    with open_store(tmp_path / "w") as store:
+        assert read(store, OTHER) == (12, {Tier.DISK})
+
+
+def test_a_file_that_is_gone_or_cut_is_a_miss(tmp_path: Path) -> None:
+    with open_store(tmp_path / "w") as store:
+        store_chain(store, OTHER)
+        store_chain(store, TOKENS)
+    for tokens, cut in ((OTHER, True), (TOKENS, False)):
+        (path,) = (tmp_path / "w").glob(f"extents/*/*/{header_of(tokens[:4]).extent_id}.kv")
+        path.write_bytes(path.read_bytes()[:4200]) if cut else path.unlink()
+    with open_store(tmp_path / "w") as store:
+        assert read(store, OTHER)[0] == read(store, TOKENS)[0] == 0
+        assert counter(store, "quarantined_extents") == 2
+        store.check_integrity()
+
+
+def test_a_bad_image_in_dram_falls_back_to_disk(tmp_path: Path) -> None:
+    with open_store(tmp_path / "w") as store:
+        store_chain(store, OTHER)
+        assert store.flush()
+        store.report_bad(header_of(OTHER[:4]).extent_id, Tier.DRAM, "a test says so")
+        assert read(store, OTHER) == (12, {Tier.DRAM, Tier.DISK})
+        store.report_bad("unknown", Tier.DRAM, "nobody knows it")
+        assert counter(store, "quarantined_extents") == 1
+
+
+# -- trouble with the disk --------------------------------------------------------------------------
+
+
+def test_a_disk_that_fails_degrades_and_comes_back_by_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "w"
+    with open_store(folder, store_config(retry_s=0.05)) as store, caplog.at_level(logging.WARNING):
+        shutil.rmtree(folder / "tmp")
+        store_chain(store, TOKENS)
+        wait_until(lambda: store.stats().state.startswith("degraded: "))
+        assert "No such file" in store.stats().state
+        assert read(store, TOKENS) == (30, {Tier.DRAM}), "serving goes on"
+        assert not store.flush(timeout_s=0.2)
+        store.check_integrity()
+        (folder / "tmp").mkdir()
+        wait_until(lambda: store.stats().state == "ok")
+        assert store.flush()
+        assert store.stats().disk_bytes == store.stats().dram_bytes
+        assert caplog.text.count("is degraded") == 1, "one line says so"
+        assert caplog.text.count("works again") == 1
+
+
+def test_while_the_disk_is_down_dram_goes_on_as_a_cache(tmp_path: Path) -> None:
+    config = store_config(budgets(dram=3 * IMAGE_BYTES), retry_s=1000.0)
+    with open_store(tmp_path / "w", config) as store:
+        shutil.rmtree(tmp_path / "w" / "tmp")
+        store_chain(store, OTHER[:4])
+        wait_until(lambda: store.stats().state != "ok")
+        for number in range(5):
+            tokens = [number * 1000 + i for i in range(BLOCK_SIZE)]
+            assert store_chain(store, tokens)
+            assert read(store, tokens) == (4, {Tier.DRAM})
+        store.check_integrity()
+
+
+def test_free_space_below_the_limit_stops_growth_not_service(tmp_path: Path) -> None:
+    config = store_config(min_free_bytes=1 << 60)
+    with open_store(tmp_path / "w", config) as store:
+        store_chain(store, OTHER)
+        wait_until(lambda: counter(store, "dropped_writes") == 3)
+        assert store.stats().state.startswith("degraded: less than 1099511627776 MiB free")
+        assert read(store, OTHER) == (12, {Tier.DRAM})
+        assert list((tmp_path / "w").glob("extents/*/*/*")) == []
+        store.check_integrity()
+
+
+def test_a_deletion_that_fails_is_tried_again(tmp_path: Path) -> None:
+    folder = tmp_path / "w"
+    with open_store(folder, store_config(budgets(disk=IMAGE_BYTES), retry_s=0.05)) as store:
+        first, second = OTHER[:4], TOKENS[:4]
+        store_chain(store, first)
+        assert store.flush()
+        (path,) = folder.glob("extents/*/*/*.kv")
+        path.unlink()
+        path.mkdir()  # unlinking a folder fails
+        store_chain(store, second)
+        wait_until(lambda: store.stats().state != "ok" or store.flush(0.1))
+        path.rmdir()
+        wait_until(lambda: store.flush(0.1) and not store._worker._removals)
+        store.check_integrity()
+    with open_store(folder) as store:
+        assert store.stats().num_recovered_blocks == 1
+        assert [read(store, tokens)[0] for tokens in (first, second)] == [0, 4]
+
+
+def test_a_late_removal_spares_what_was_written_again(tmp_path: Path) -> None:
+    folder, extent_id = tmp_path / "w", header_of(OTHER[:4]).extent_id
+    with open_store(folder, store_config(retry_s=0.05)) as store:
+        store_chain(store, OTHER[:4])
+        assert store.flush()
+        (folder / "quarantine").rmdir()  # setting a file aside fails
+        store.report_bad(extent_id, Tier.DISK, "a test says so")
+        wait_until(lambda: store.stats().disk_bytes == IMAGE_BYTES and store.flush(0.1))
+        (folder / "quarantine").mkdir()
+        wait_until(lambda: not store._worker._removals)
+        assert list((folder / "quarantine").iterdir()) == []
+        assert read(store, OTHER[:4]) == (4, {Tier.DRAM})
+        store_chain(store, TOKENS)
+        wait_until(lambda: store.flush(0.1))
+        store.check_integrity()
+    with open_store(folder) as store:
+        assert [read(store, tokens)[0] for tokens in (OTHER[:4], TOKENS)] == [4, 30]
+
+
+def test_a_budget_for_a_disk_that_is_not_there_means_nothing() -> None:
+    with open_store(None) as store:
+        assert store_chain(store, OTHER)
+        assert store.flush()
+        assert (store.stats().disk_budget_bytes, store.stats().directory) == (0, None)
