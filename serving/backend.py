@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from cache.hashing import TokenIds
 from serving.chat import ChatMessage
 from serving.protocol import SamplingParams, TokenBatch
+from serving.tool_calls import Tool
 from serving.vocabulary import TokenPiece
 
 
@@ -30,11 +31,17 @@ class Backend(Protocol):
     def is_ready(self) -> bool:
         """True once the model answers."""
 
-    def render(self, messages: Sequence[ChatMessage]) -> TokenIds:
+    def render(self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = ()) -> TokenIds:
         """The prompt's token ids, `(num_tokens,)`. Called from worker threads. Raises ChatTemplateError."""
 
     def tokenize(self, text: str) -> TokenIds:
         """The token ids of a plain prompt, `(num_tokens,)`. Called from worker threads."""
+
+    def recall(self, token_ids: TokenIds, tenant: str) -> TokenIds:
+        """The prompt `token_ids` with the ids that its answers were made of, as far as they are known: the same text.
+
+        Called from worker threads. Only what `generate` has answered to the same `tenant` is known.
+        """
 
     def decode_tokens(self, token_ids: Sequence[int]) -> str:
         """The text of a prompt of token ids, special tokens shown. Called from worker threads."""
@@ -50,6 +57,7 @@ class Backend(Protocol):
         use_cache: bool,
         request_id: str,
         num_choices: int,
+        tenant: str,
     ) -> AsyncGenerator[TokenBatch, None]:
         """The answers to one prompt, in batches; `choice` counts from 0 up to `num_choices`, exclusive.
 

@@ -1,22 +1,30 @@
 """From chat messages to token ids, through the model's own chat template.
 
-The template is the model's, unchanged, rendered with the generation prompt; nothing is truncated. Text that
-looks like a special token (`<|im_end|>` in a user's message) becomes that special token, as in other servers
+The template is the model's, unchanged, rendered with the generation prompt; nothing is truncated. Where it knows of
+tools it gets them, and calls and results as messages with those roles. Where it does not, the tools are described at
+the end of the system message, calls are texts of the assistant's and results of the user's (see `tool_calls`).
+
+Text that looks like a special token (`<|im_end|>` in a user's message) becomes that special token, as in other servers
 that tokenise the rendered template: a client can therefore forge turns in its own prompt, never in another's.
 Never imports FastAPI or pydantic; transformers is imported when a tokenizer is loaded.
 """
 
 import json
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from cache.hashing import TokenIds, as_token_ids
+from serving.tool_calls import Tool, ToolCall, result_text, tools_text
 from serving.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_TOOLS_VARIABLE = re.compile(r"\btools\b")
 
 
 class ChatTemplateError(ValueError):
@@ -34,11 +42,20 @@ class ChatMessage:
     role: str
     content: str
     name: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    """The assistant's."""
+    tool_call_id: str | None = None
+    """Of the call that a tool's message is the result of."""
 
-    def as_template_input(self) -> dict[str, str]:
-        """Keys as the templates expect them; `name` is absent, not None, where there is none."""
-        message = {"role": self.role, "content": self.content}
-        return message if self.name is None else message | {"name": self.name}
+    def as_template_input(self) -> dict[str, Any]:
+        """Keys as the templates expect them; those that have no value are absent, not None."""
+        optional = {
+            "name": self.name,
+            "tool_calls": [call.as_template_input() for call in self.tool_calls] or None,
+            "tool_call_id": self.tool_call_id,
+        }
+        present = {key: value for key, value in optional.items() if value is not None}
+        return {"role": self.role, "content": self.content, **present}
 
 
 class ChatTemplate:
@@ -61,6 +78,7 @@ class ChatTemplate:
             )
         self._tokenizer = tokenizer
         self._extra_eos_token_ids = eos_token_ids
+        self._knows_tools = bool(_TOOLS_VARIABLE.search(tokenizer.get_chat_template(tools=[{}])))
         self.vocabulary = Vocabulary(tokenizer, num_embeddings)
 
     @classmethod
@@ -85,18 +103,21 @@ class ChatTemplate:
         own = self._tokenizer.eos_token_id
         return self._extra_eos_token_ids if own is None else self._extra_eos_token_ids | {own}
 
-    def render(self, messages: Sequence[ChatMessage]) -> TokenIds:
+    def render(self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = ()) -> TokenIds:
         """Token ids of the prompt, `(num_tokens,)`, up to where the assistant begins to speak.
 
         Raises ChatTemplateError if the template refuses the messages.
         """
         from jinja2.exceptions import TemplateError
 
+        if not self._knows_tools:
+            messages, tools = without_tools(messages, tools), ()
         conversation = [message.as_template_input() for message in messages]
+        definitions: Any = [tool.as_template_input() for tool in tools] or None
         try:
             with self.vocabulary.lock:
                 token_ids = self._tokenizer.apply_chat_template(
-                    conversation, tokenize=True, add_generation_prompt=True, return_dict=False
+                    conversation, tools=definitions, tokenize=True, add_generation_prompt=True, return_dict=False
                 )
         except TemplateError as error:
             raise ChatTemplateError(f"the model's chat template refuses these messages: {error}") from error
@@ -104,6 +125,29 @@ class ChatTemplate:
 
     def __repr__(self) -> str:
         return f"ChatTemplate(vocab_size={self.vocab_size}, eos_token_ids={sorted(self.eos_token_ids)})"
+
+
+def without_tools(messages: Sequence[ChatMessage], tools: Sequence[Tool]) -> list[ChatMessage]:
+    """The same conversation for a template that knows only system, user and assistant.
+
+    Results that follow each other become one message, as many such templates want user and assistant to alternate.
+    """
+    plain = [ChatMessage("system", tools_text(tools))] if tools else []
+    for message in messages:
+        if message.role == "tool":
+            text = result_text(message.content)
+            if plain and plain[-1].role == "tool":
+                plain[-1] = replace(plain[-1], content=f"{plain[-1].content}\n{text}")
+            else:
+                plain.append(ChatMessage("tool", text))
+        elif message.tool_calls:
+            texts = [message.content, *(call.as_text() for call in message.tool_calls)]
+            plain.append(ChatMessage(message.role, "\n".join(text for text in texts if text), message.name))
+        elif message.role == "system" and tools and len(plain) == 1:
+            plain[0] = replace(message, content=f"{message.content}\n\n{plain[0].content}")
+        else:
+            plain.append(message)
+    return [replace(message, role="user") if message.role == "tool" else message for message in plain]
 
 
 def _generation_eos_ids(folder: Path) -> frozenset[int]:

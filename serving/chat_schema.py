@@ -15,6 +15,16 @@ from serving.openai_schema import (
     OtherServersExtras,
     Outgoing,
 )
+from serving.tool_calls import Tool
+from serving.tool_schema import (
+    MAX_TOOLS,
+    DeltaToolCall,
+    MessageToolCall,
+    NamedToolChoice,
+    ResponseFormat,
+    SentToolCall,
+    ToolDefinition,
+)
 
 
 class TextPart(Incoming):
@@ -26,7 +36,8 @@ class Message(Incoming):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(min_length=1)] | None = Field(default=None, validate_default=True)
     name: str | None = None
-    tool_calls: list[Any] | None = None
+    tool_calls: list[SentToolCall] | None = None
+    tool_call_id: str | None = None
 
     @field_validator("content")
     @classmethod
@@ -37,9 +48,11 @@ class Message(Incoming):
 
     @field_validator("tool_calls")
     @classmethod
-    def _no_tool_calls(cls, tool_calls: list[Any] | None) -> list[Any] | None:
-        if tool_calls:
-            raise PydanticCustomError("unsupported", "tool calls are not supported by this server")
+    def _only_an_assistant_calls_tools(
+        cls, tool_calls: list[SentToolCall] | None, info: ValidationInfo
+    ) -> list[SentToolCall] | None:
+        if tool_calls and info.data.get("role") not in (None, "assistant"):
+            raise PydanticCustomError("role", "only an assistant's message may have tool calls")
         return tool_calls
 
     def as_chat_message(self) -> ChatMessage:
@@ -51,18 +64,17 @@ class Message(Incoming):
         text = self.content or ""
         if not isinstance(text, str):
             text = "\n".join(part.text for part in text)
-        return ChatMessage("system" if self.role == "developer" else self.role, text, self.name)
+        role = "system" if self.role == "developer" else self.role
+        calls = tuple(call.as_tool_call() for call in self.tool_calls or ())
+        return ChatMessage(role, text, self.name, calls, self.tool_call_id)
 
 
 class ChatCompletionRequest(GenerationRequest, OtherServersExtras):
     """Body of `POST /v1/chat/completions`."""
 
     neutral: ClassVar[dict[str, tuple[object, ...]]] = {
-        "tools": ([],),
-        "tool_choice": ("none",),
         "functions": ([],),
         "function_call": ("none",),
-        "response_format": ({"type": "text"},),
         "modalities": (["text"],),
         "audio": (),
         "web_search_options": (),
@@ -79,11 +91,12 @@ class ChatCompletionRequest(GenerationRequest, OtherServersExtras):
     """OpenAI's newer name for `max_tokens`; it counts where both are given."""
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
-    tools: list[Any] | None = None
-    tool_choice: Any = None
+    tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     functions: list[Any] | None = None
     function_call: Any = None
-    response_format: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
     modalities: list[str] | None = None
     audio: Any = None
     web_search_options: Any = None
@@ -100,6 +113,26 @@ class ChatCompletionRequest(GenerationRequest, OtherServersExtras):
             raise PydanticCustomError("top_logprobs", "only allowed when 'logprobs' is true")
         return number
 
+    @field_validator("tools")
+    @classmethod
+    def _tools_differ(cls, tools: list[ToolDefinition] | None) -> list[ToolDefinition] | None:
+        names = [tool.function.name for tool in tools or ()]
+        if len(set(names)) < len(names):
+            raise PydanticCustomError("names", "its functions should have different names")
+        return tools
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _choice_is_among_the_tools(cls, choice: Any, info: ValidationInfo) -> Any:
+        if choice in (None, "none") or "tools" not in info.data:
+            return choice
+        names = [tool.function.name for tool in info.data["tools"] or ()]
+        if not names:
+            raise PydanticCustomError("tools", "only allowed with 'tools'")
+        if isinstance(choice, NamedToolChoice) and choice.function.name not in names:
+            raise PydanticCustomError("name", "the function it names should be among 'tools'")
+        return choice
+
     @property
     def requested_max_tokens(self) -> tuple[str, int] | None:
         if self.max_completion_tokens is not None:
@@ -112,6 +145,27 @@ class ChatCompletionRequest(GenerationRequest, OtherServersExtras):
 
     def chat_messages(self) -> list[ChatMessage]:
         return [message.as_chat_message() for message in self.messages]
+
+    def offered_tools(self) -> tuple[Tool, ...]:
+        """All of them. The model is told of them even where it may not call any, so that prompts share their front."""
+        return tuple(tool.as_tool() for tool in self.tools or ())
+
+    def callable_tools(self) -> tuple[Tool, ...]:
+        """Those that the answer may call."""
+        return () if self.tool_choice == "none" else self.forced_tools() or self.offered_tools()
+
+    def forced_tools(self) -> tuple[Tool, ...]:
+        """Those of which the answer must call one; none if it is free not to."""
+        if self.tool_choice == "required":
+            return self.offered_tools()
+        if not isinstance(self.tool_choice, NamedToolChoice):
+            return ()
+        name = self.tool_choice.function.name
+        return tuple(tool for tool in self.offered_tools() if tool.name == name)
+
+    def wants_one_call(self) -> bool:
+        """An answer that must be calls is one call only."""
+        return isinstance(self.tool_choice, NamedToolChoice) or self.parallel_tool_calls is False
 
 
 class TopLogprob(Outgoing):
@@ -135,8 +189,11 @@ class ChoiceLogprobs(Outgoing):
 
 class AnswerMessage(Outgoing):
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    """Null where there are tool calls and nothing else."""
     refusal: None
+    tool_calls: list[MessageToolCall] | None = None
+    """Set where there are some."""
 
 
 class Choice(Outgoing):
@@ -159,6 +216,7 @@ class Delta(Outgoing):
     role: Literal["assistant"] | None = None
     content: str | None = None
     refusal: None = None
+    tool_calls: list[DeltaToolCall] | None = None
 
 
 class ChunkChoice(Outgoing):

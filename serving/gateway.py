@@ -29,6 +29,7 @@ from router.cost import CostModel
 from router.gateway_router import Router
 from router.mirror import Mirror
 from router.policy import PolicyConfig, RouteRequest
+from serving.answer_memory import AnswerMemory
 from serving.chat import ChatMessage, ChatTemplate
 from serving.http_app import build_app
 from serving.http_errors import ApiError
@@ -36,6 +37,7 @@ from serving.http_settings import HttpSettings
 from serving.protocol import GenerateRequest, SamplingParams, TokenBatch
 from serving.relay import Delivered, ReplicaLost, relay
 from serving.replica import Handle, ModelInfo
+from serving.tool_calls import Tool
 from serving.vocabulary import TokenPiece
 
 logger = logging.getLogger("tokenloft.gateway")
@@ -70,6 +72,7 @@ class Gateway:
         self._decode = decode
         self._prefill = prefill
         self._template = ChatTemplate.load(options.model_dir)
+        self._answers = AnswerMemory(self._template.vocabulary)
         self._mirror = Mirror(time.monotonic, prediction_ttl_s=options.prediction_ttl_s)
         self._ports = [RayStorePort(node_id) for node_id in options.node_ids]
         self._info: ModelInfo | None = None
@@ -113,11 +116,14 @@ class Gateway:
     def is_ready(self) -> bool:
         return self._info is not None
 
-    def render(self, messages: Sequence[ChatMessage]) -> TokenIds:
-        return self._template.render(messages)
+    def render(self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = ()) -> TokenIds:
+        return self._template.render(messages, tools)
 
     def tokenize(self, text: str) -> TokenIds:
         return self._template.vocabulary.tokenize(text)
+
+    def recall(self, token_ids: TokenIds, tenant: str) -> TokenIds:
+        return self._answers.recall(token_ids, tenant)
 
     def decode_tokens(self, token_ids: Sequence[int]) -> str:
         return self._template.vocabulary.decode(token_ids)
@@ -125,7 +131,7 @@ class Gateway:
     def token_piece(self, token_id: int) -> TokenPiece:
         return self._template.vocabulary.piece(token_id)
 
-    async def generate(
+    def generate(
         self,
         token_ids: TokenIds,
         sampling: SamplingParams,
@@ -133,6 +139,20 @@ class Gateway:
         use_cache: bool,
         request_id: str,
         num_choices: int = 1,
+        tenant: str = "",
+    ) -> AsyncGenerator[TokenBatch, None]:
+        """The answers to one prompt; what they were made of is remembered."""
+        batches = self._route(token_ids, sampling, session_id, use_cache, request_id, num_choices)
+        return self._answers.hear(batches, token_ids, tenant)
+
+    async def _route(
+        self,
+        token_ids: TokenIds,
+        sampling: SamplingParams,
+        session_id: str | None,
+        use_cache: bool,
+        request_id: str,
+        num_choices: int,
     ) -> AsyncGenerator[TokenBatch, None]:
         """Route the request and relay its answer, past replicas that fail on the way."""
         assert self._router is not None

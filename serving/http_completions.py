@@ -28,7 +28,7 @@ class CompletionsEndpoint:
         """The whole road of one request. Raises ApiError for whatever the client did wrong."""
         asked = await self._read(request)
         session_id, request_id = session_id_of(request), request_id_of(request)
-        token_ids = await self._tokenize(asked)
+        token_ids = await self._tokenize(asked, self.generation.tenant_of(request))
         samplings = [
             self.generation.sampling(
                 asked, len(ids), "prompt", param=asked.name_of_prompt(i), default_max_tokens=DEFAULT_MAX_TOKENS
@@ -53,20 +53,21 @@ class CompletionsEndpoint:
             raise ApiError(400, message, param="echo", code="unsupported_parameter")
         return asked
 
-    async def _tokenize(self, asked: CompletionRequest) -> list[TokenIds]:
+    async def _tokenize(self, asked: CompletionRequest, tenant: str) -> list[TokenIds]:
         # In a thread: a long text takes long enough to hold up every other stream.
         return await asyncio.to_thread(
-            lambda: [self._token_ids(prompt, asked.name_of_prompt(i)) for i, prompt in enumerate(asked.prompt)]
+            lambda: [self._token_ids(asked, prompt, i, tenant) for i, prompt in enumerate(asked.prompt)]
         )
 
-    def _token_ids(self, prompt: TextPrompt, param: str) -> TokenIds:
+    def _token_ids(self, asked: CompletionRequest, prompt: TextPrompt, number: int, tenant: str) -> TokenIds:
+        param = asked.name_of_prompt(number)
         if not isinstance(prompt, str):
             self.generation.check_token_ids(param, prompt)
             return as_token_ids(prompt)
         token_ids = self.generation.backend.tokenize(prompt)
         if not len(token_ids):
             raise empty_prompt(param)
-        return token_ids
+        return self.generation.recalled(asked, token_ids, tenant)
 
     async def _text_answer(self, asked: CompletionRequest, request_id: str) -> TextAnswer:
         backend = self.generation.backend

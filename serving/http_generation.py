@@ -52,6 +52,19 @@ class Generation:
             self.check_token_ids(param, token_ids)
         return asked
 
+    def tenant_of(self, request: Request) -> str:
+        """Whose request it is."""
+        return self.settings.tenant(request.headers.get("authorization", ""))
+
+    def recalled(self, asked: GenerationRequest, token_ids: TokenIds, tenant: str) -> TokenIds:
+        """The prompt in the ids that its answers were made of: see `Backend.recall`. Called from worker threads.
+
+        Those may be more ids than the tokenizer's own. A prompt that would be too long for it stays as it is.
+        """
+        recalled = self.backend.recall(token_ids, tenant)
+        max_tokens = 1 if asked.requested_max_tokens is None else asked.requested_max_tokens[1]
+        return recalled if len(recalled) + max_tokens <= self.backend.max_model_len else token_ids
+
     def check_token_ids(self, param: str, token_ids: list[int]) -> None:
         """Raise ApiError unless the model knows all of `token_ids`, which the client named in `param`."""
         size = self.backend.vocab_size
@@ -96,7 +109,13 @@ class Generation:
     ) -> AsyncGenerator[TokenBatch, None]:
         """The answers to one prompt, measured as they pass. `generation_id` is the prompt's own."""
         generated = self.backend.generate(
-            token_ids, sampling, session_id, asked.use_cache, generation_id, asked.num_choices
+            token_ids,
+            sampling,
+            session_id,
+            asked.use_cache,
+            generation_id,
+            asked.num_choices,
+            self.tenant_of(request),
         )
         return self.metrics.watched(generated, request.scope["path"], began_at(request.scope))
 

@@ -21,12 +21,24 @@ class HttpSettings:
         """Whether the header `authorization`, decoded as Latin-1, has a known key, or none is asked for."""
         if not self.api_key_hashes:
             return True
-        scheme, _, key = authorization.partition(" ")
-        # Starlette decodes headers as Latin-1; this gives back the bytes that came. Every known key is compared,
-        # so that the time taken says nothing about which one came close.
-        presented = hashlib.sha256(key.strip().encode("latin-1")).digest()
+        scheme = authorization.partition(" ")[0]
+        # Every known key is compared, so that the time taken says nothing about which one came close.
+        presented = _presented_hash(authorization)
         matches = [hmac.compare_digest(presented, one) for one in self.api_key_hashes]
         return scheme.lower() == "bearer" and any(matches)
+
+    def tenant(self, authorization: str) -> str:
+        """Whose request it is, from the same header: one tenant for each key, and one for all where none is asked for.
+
+        It is not the key and can't be turned back into it.
+        """
+        return _presented_hash(authorization).hex() if self.api_key_hashes else ""
+
+
+def _presented_hash(authorization: str) -> bytes:
+    # Starlette decodes headers as Latin-1; this gives back the bytes that came.
+    key = authorization.partition(" ")[2]
+    return hashlib.sha256(key.strip().encode("latin-1")).digest()
 
 
 def hash_api_key(key: str) -> bytes:

@@ -38,11 +38,13 @@ class SamplingParams:
     """More tokens that end the answer; they are not part of its text."""
     num_logprobs: int | None = None
     """Log-probabilities of each token and of this many most likely ones beside it; None: none at all."""
+    grammar: str | None = None
+    """The answer follows this grammar, in llguidance's Lark dialect, and ends where the grammar ends."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """How likely a token was, before temperature and filters but after penalties and bias."""
+    """How likely a token was, before temperature and filters but after grammar, penalties and bias."""
 
     token_id: int
     logprob: float

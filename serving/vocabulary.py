@@ -11,7 +11,11 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import numpy.typing as npt
 
 from cache.hashing import TokenIds, as_token_ids
 
@@ -34,6 +38,16 @@ class TokenPiece:
     @property
     def text(self) -> str:
         return self.data.decode("utf-8", "replace")
+
+
+class TokenMark(IntEnum):
+    """What a token means for how text is cut into tokens."""
+
+    PLAIN = 0
+    LINE_END = 1
+    """Its text ends with a line break, behind which tokenizers seldom join."""
+    SPECIAL = 2
+    """Never joined with anything, and no part of an answer's text."""
 
 
 class Vocabulary:
@@ -70,8 +84,20 @@ class Vocabulary:
         token = cast(str | None, self._tokenizer.convert_ids_to_tokens(token_id))
         return TokenPiece(b"" if token is None else self._spell(token), token_id in self._special_ids)
 
+    def marks(self) -> npt.NDArray[np.int8]:
+        """The `TokenMark` of every id, `(size,)`. Takes about a second for 300,000 ids: ask once."""
+        pieces = (self.piece(token_id) for token_id in range(self.size))
+        marks = (_mark(piece) for piece in pieces)
+        return np.fromiter(marks, np.int8, self.size)
+
     def __repr__(self) -> str:
         return f"Vocabulary(size={self.size})"
+
+
+def _mark(piece: TokenPiece) -> TokenMark:
+    if piece.is_special:
+        return TokenMark.SPECIAL
+    return TokenMark.LINE_END if piece.data.endswith(b"\n") else TokenMark.PLAIN
 
 
 def _speller(tokenizer: "PreTrainedTokenizerBase") -> Callable[[str], bytes]:

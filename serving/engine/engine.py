@@ -2,7 +2,7 @@
 
     submit, cancel, handoff_*  ->  inbox  ->  step loop: admit -> plan -> forward -> sample -> listeners
                                                  ^  |
-                              loader threads ----+  +--> load and store jobs (see `transfers`)
+               loader threads, grammar threads --+  +--> load and store jobs (see `transfers`), masks (see `grammar`)
 
 All state belongs to the step loop. Other threads put commands into the inbox, which the loop runs between two
 steps; so a cancelled request stops within one step, and nothing needs a lock.
@@ -13,11 +13,13 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal, ParamSpec, TypeVar
 
 from serving.engine.block_pool import BlockPool, PoolMatch
 from serving.engine.detokenizer import IncrementalDetokenizer, Tokenizer
+from serving.engine.grammar import BadGrammar, GrammarCompiler, Matcher
 from serving.engine.kv_pool import KVPool
 from serving.engine.loader import ConnectStore, Loader
 from serving.engine.logits import LogitsRow, check_params, ends_answer
@@ -77,6 +79,11 @@ class Engine:
         self.counters: Counter[str] = Counter()
         self._runner = runner
         self._tokenizer = tokenizer
+        self._grammars = (
+            GrammarCompiler(tokenizer, runner.vocab_size, runner.eos_token_ids)
+            if tokenizer is not None and config.role == "decode"
+            else None
+        )
         layout = runner.layout(config.block_size)
         pool = BlockPool(config.num_blocks, config.block_size)
         self._kv = KVPool(layout, config.num_blocks, runner.device, config.kv_dtype)
@@ -121,6 +128,8 @@ class Engine:
         self._is_stopping = True
         self._post(lambda: None)
         self._thread.join()
+        if self._grammars is not None:
+            self._grammars.close()
         if self._loader is not None:
             self._loader.close()
             self._loader.forget(self.config.replica_id)
@@ -140,6 +149,8 @@ class Engine:
         if request.sampling is not None:
             if self._tokenizer is None:
                 raise ValueError("this engine has no tokenizer and can't sample")
+            if request.sampling.grammar is not None and self._grammars is None:
+                raise ValueError("only decode engines follow grammars")
             params = request.sampling
             detokenizer = IncrementalDetokenizer(self._tokenizer, params.stop, params.min_tokens)
         listener = self._guarded(request.request_id, listener)
@@ -288,8 +299,26 @@ class Engine:
             _tell_failed(sequence, f"request id {sequence.request_id} is in use")
             return
         self._sequences[sequence.request_id] = sequence
-        self._scheduler.add(sequence)
         self.counters["requests"] += 1
+        params = sequence.request.sampling
+        if params is None or params.grammar is None:
+            self._scheduler.add(sequence)
+            return
+        assert self._grammars is not None
+        sequence.status = Status.COMPILING
+        opened = self._grammars.open(params.grammar, sequence.request.generated)
+        opened.add_done_callback(lambda done: self._post(lambda: self._add_with_grammar(sequence, done)))
+
+    def _add_with_grammar(self, sequence: Sequence, opened: Future[Matcher]) -> None:
+        if sequence.status is not Status.COMPILING:
+            return  # cancelled meanwhile
+        try:
+            sequence.matcher = opened.result()
+        except BadGrammar as error:
+            self._fail(sequence, f"its grammar is of no use: {error}")
+            return
+        sequence.status = Status.WAITING
+        self._scheduler.add(sequence)
 
     def _admit(self) -> None:
         while (admission := self._scheduler.admit()) is not None:
@@ -307,7 +336,7 @@ class Engine:
     def _step(self, parts: list[ScheduledPart]) -> None:
         started = time.perf_counter()
         try:
-            sampled = self._forward(parts)
+            computed = self._forward(parts)
         except Exception as error:  # whatever the model raises must not end the loop
             logger.exception("a step failed")
             for part in parts:
@@ -315,17 +344,26 @@ class Engine:
             return
         self._speed.note(parts, time.perf_counter() - started)
         self.counters["steps"] += 1
-        for part, next_token in zip(parts, sampled, strict=True):
+        for part, next_token in computed:
             self._advance(part, next_token)
 
-    def _forward(self, parts: list[ScheduledPart]) -> list[Sampled | None]:
-        """Compute the parts; the next token of each whose last token was computed, None for the others."""
+    def _forward(self, parts: list[ScheduledPart]) -> list[tuple[ScheduledPart, Sampled | None]]:
+        """Compute the parts; the next token of each whose last token was computed, None for the others.
+
+        A part whose next token can't be chosen yet, as its mask is late, is left out: it is computed again.
+        """
         batch = build_step_batch(self._kv, [_sequence_part(part) for part in parts])
         logits = self._runner.forward(batch)
-        eos_token_ids = self._runner.eos_token_ids
-        rows = [_logits_row(part.sequence, eos_token_ids) for part in parts if _wants_token(part)]
+        wanting = [part for part in parts if _wants_token(part)]
+        matchers = [part.sequence.matcher for part in wanting if part.sequence.matcher is not None]
+        Matcher.wait(matchers, has_others=len(matchers) < len(parts))
+        late = {part.sequence.request_id for part in wanting if not _can_choose(part.sequence)}
+        if late:
+            logits = logits[[part.sequence.request_id not in late for part in wanting]]
+        computed = [part for part in parts if part.sequence.request_id not in late]
+        rows = [_logits_row(part.sequence, self._runner.eos_token_ids) for part in computed if _wants_token(part)]
         tokens = iter(sample(logits, rows) if rows else ())
-        return [next(tokens) if _wants_token(part) else None for part in parts]
+        return [(part, next(tokens) if _wants_token(part) else None) for part in computed]
 
     def _advance(self, part: ScheduledPart, sampled: Sampled | None) -> None:
         sequence = part.sequence
@@ -343,6 +381,12 @@ class Engine:
         params, token_id = sequence.request.sampling, sampled.token_id
         assert sequence.detokenizer is not None
         assert params is not None
+        matcher = sequence.matcher
+        if matcher is not None:
+            matcher.accept(token_id)
+            if matcher.error is not None:
+                self._fail(sequence, f"its grammar is of no use: {matcher.error}")
+                return
         sequence.append(token_id)
         if sequence.first_token_at is None:
             sequence.first_token_at = time.perf_counter()
@@ -350,6 +394,7 @@ class Engine:
         text, is_stopped = "", ends_answer(token_id, params, self._runner.eos_token_ids)
         if not is_stopped:
             text, is_stopped = sequence.detokenizer.push(token_id)
+            is_stopped = is_stopped or (matcher is not None and matcher.is_complete)
         logprobs = (sampled.logprob,) if sampled.logprob is not None else ()
         if not is_stopped and sequence.num_output_tokens < params.max_tokens:
             sequence.listener.on_batch(TokenBatch((token_id,), text, logprobs=logprobs))
@@ -365,7 +410,10 @@ class Engine:
         """Take the sequence out of the schedule, keep what it has computed."""
         was_running = sequence.status is Status.RUNNING
         del self._sequences[sequence.request_id]
-        self._scheduler.remove(sequence)
+        if sequence.status is Status.COMPILING:
+            sequence.status = Status.FINISHED
+        else:
+            self._scheduler.remove(sequence)
         if was_running:
             self._transfers.commit(sequence)
         else:
@@ -409,7 +457,12 @@ def _wants_token(part: ScheduledPart) -> bool:
 
 def _logits_row(sequence: Sequence, eos_token_ids: frozenset[int]) -> LogitsRow:
     assert sequence.request.sampling is not None
-    return LogitsRow(sequence.request.sampling, sequence.token_ids, sequence.num_prompt_tokens, eos_token_ids)
+    allowed = None if sequence.matcher is None else sequence.matcher.mask
+    return LogitsRow(sequence.request.sampling, sequence.token_ids, sequence.num_prompt_tokens, eos_token_ids, allowed)
+
+
+def _can_choose(sequence: Sequence) -> bool:
+    return sequence.matcher is None or sequence.matcher.is_ready
 
 
 def _sequence_part(part: ScheduledPart) -> SequencePart:

@@ -2,7 +2,8 @@
 
 In this order, which is vLLM's:
 
-    min_tokens        tokens that would end the answer too early get -inf
+    grammar           tokens that it does not allow get -inf
+    min_tokens        tokens that would end the answer too early get -inf, unless nothing else is allowed
     logit_bias        added
     repetition        positive logits divided, others multiplied; tokens of prompt and answer, each once
     frequency         subtracted once for each time that the answer has the token
@@ -20,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cache.hashing import TokenIds
+from serving.engine.grammar import Mask
 from serving.protocol import SamplingParams
 
 Floats = npt.NDArray[np.float64]
@@ -38,6 +40,8 @@ class LogitsRow:
     num_prompt_tokens: int
     eos_token_ids: frozenset[int] = frozenset()
     """The model's."""
+    allowed: Mask | None = None
+    """Tokens that the answer's grammar allows next, at least one; None: all."""
 
     @property
     def position(self) -> int:
@@ -58,7 +62,8 @@ class LogitsRow:
         """Whether `process` would do anything."""
         params = self.params
         return bool(
-            self.must_go_on
+            self.allowed is not None
+            or self.must_go_on
             or params.logit_bias
             or params.repetition_penalty != 1.0
             or params.frequency_penalty
@@ -76,8 +81,10 @@ def process(logits: Floats, row: LogitsRow) -> None:
     params = row.params
     # Absurd values may overflow to infinity, which the sampler can take.
     with np.errstate(over="ignore"):
+        if row.allowed is not None:
+            logits[~row.allowed] = -np.inf
         if row.must_go_on:
-            _forbid(logits, {*params.stop_token_ids, *(() if params.ignore_eos else row.eos_token_ids)})
+            _forbid(logits, {*params.stop_token_ids, *(() if params.ignore_eos else row.eos_token_ids)}, row.allowed)
         if params.logit_bias:
             token_ids, biases = zip(*params.logit_bias, strict=True)
             np.add.at(logits, list(token_ids), biases)
@@ -89,9 +96,11 @@ def process(logits: Floats, row: LogitsRow) -> None:
             logits[seen] -= params.frequency_penalty * counts[seen] + params.presence_penalty
 
 
-def _forbid(logits: Floats, token_ids: set[int]) -> None:
+def _forbid(logits: Floats, token_ids: set[int], allowed: Mask | None) -> None:
     known = [token_id for token_id in token_ids if token_id < len(logits)]
-    if len(known) < len(logits):  # if every token ended the answer, one of them would have to come all the same
+    rest = np.ones(len(logits), np.bool_) if allowed is None else allowed.copy()
+    rest[known] = False
+    if rest.any():  # if every token ended the answer, one of them would have to come all the same
         logits[known] = -np.inf
 
 

@@ -2,8 +2,9 @@
 
     logits -> process (see `logits`) -> [log-probabilities] -> temperature -> min_p, top_k, top_p -> draw
 
-A draw is a function of (logits, parameters, tokens so far, seed, position) alone: never of the batch, of the order
-of the calls, or of the process. So a turn that moves to another replica goes on as it would have here.
+So log-probabilities under a grammar are those among the tokens that it allows. A draw is a function of (logits,
+parameters, tokens so far, seed, position) alone: never of the batch, of the order of the calls, or of the process. So a
+turn that moves to another replica goes on as it would have here.
 Greedy rows that ask for nothing else cost one argmax over the batch.
 """
 

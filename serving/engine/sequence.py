@@ -17,12 +17,15 @@ import numpy as np
 from cache.events import Tier
 from cache.hashing import BlockHash, TokenIds, block_hash
 from serving.engine.detokenizer import IncrementalDetokenizer
+from serving.engine.grammar import Matcher
 from serving.protocol import SamplingParams, TokenBatch, Usage
 
 
 class Status(Enum):
     """Where a sequence stands."""
 
+    COMPILING = "compiling"
+    """Its grammar is being compiled; the scheduler does not know it yet."""
     WAITING = "waiting"
     """No blocks yet."""
     LOADING = "loading"
@@ -77,6 +80,8 @@ class Sequence:
     block_size: int
     arrived_at: float
     detokenizer: IncrementalDetokenizer | None = None
+    matcher: Matcher | None = None
+    """Where the answer stands in its grammar, if it has one. It has read all output tokens, preempted or not."""
     status: Status = Status.WAITING
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[BlockHash] = field(default_factory=list)

@@ -17,6 +17,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from cache.hashing import TokenIds
+from serving.answer_memory import AnswerMemory
 from serving.chat import ChatMessage, ChatTemplate
 from tests.conversations import Conversation
 from tests.e2e.server import ChatAnswer, Server
@@ -116,16 +117,19 @@ class Checker:
         self.max_tokens = max_tokens
         self.oracle = Oracle(model_dir)
         self._template = ChatTemplate.load(model_dir)
+        self._answers = AnswerMemory(self._template.vocabulary)
         self._tokenizer: Any = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
 
     def render(self, messages: Sequence[dict[str, str]]) -> TokenIds:
         """The prompt's tokens, as the server should see them."""
-        return self._template.render([ChatMessage(each["role"], each["content"]) for each in messages])
+        plainly = self._template.render([ChatMessage(each["role"], each["content"]) for each in messages])
+        return self._answers.recall(plainly)
 
     def check(self, prompt: TokenIds, answer: ChatAnswer) -> TokenIds:
         """Raise AssertionError unless the answer is the oracle's; returns prompt and answer without the last token."""
         assert answer.num_prompt_tokens == len(prompt)
         answered = self.oracle.check_text(self._tokenizer, prompt, answer.text, answer.num_tokens, self.max_tokens)
+        self._answers.remember(prompt, answered)
         return np.concatenate([prompt, np.asarray(answered[:-1], np.int32)])
 
 

@@ -11,12 +11,14 @@ from typing import Any
 
 import httpx
 import uvicorn
+from fastapi import FastAPI
 
 from cache.hashing import TokenIds, as_token_ids
 from serving.chat import ChatMessage, ChatTemplateError
 from serving.http_app import build_app
 from serving.http_settings import HttpSettings
 from serving.protocol import SamplingParams, TokenBatch, TokenLogprob, Usage
+from serving.tool_calls import Tool
 from serving.vocabulary import TokenPiece
 
 MAX_MODEL_LEN = 64
@@ -56,13 +58,16 @@ class ScriptedBackend:
     def is_ready(self) -> bool:
         return self.ready
 
-    def render(self, messages: Sequence[ChatMessage]) -> TokenIds:
+    def render(self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = ()) -> TokenIds:
         if messages[-1].role == "assistant":
             raise ChatTemplateError("the assistant must not speak last")
         return self.tokenize(" ".join(message.content for message in messages))
 
     def tokenize(self, text: str) -> TokenIds:
         return as_token_ids([len(word) for word in text.split()])
+
+    def recall(self, token_ids: TokenIds, tenant: str) -> TokenIds:
+        return token_ids
 
     def decode_tokens(self, token_ids: Sequence[int]) -> str:
         return "".join(f"<{token_id}>" for token_id in token_ids)
@@ -80,6 +85,7 @@ class ScriptedBackend:
         use_cache: bool,
         request_id: str,
         num_choices: int,
+        tenant: str,
     ) -> AsyncGenerator[TokenBatch, None]:
         self.calls.append(
             {
@@ -89,6 +95,7 @@ class ScriptedBackend:
                 "use_cache": use_cache,
                 "request_id": request_id,
                 "num_choices": num_choices,
+                "tenant": tenant,
             }
         )
         self.begun.set()
@@ -123,7 +130,13 @@ class ScriptedBackend:
 @contextmanager
 def serving(backend: ScriptedBackend, settings: HttpSettings | None = None) -> Iterator[str]:
     """The base URL of a server before `backend`."""
-    app = build_app(backend, settings, clock=lambda: 42.5, rng=random.Random(1))
+    with serving_app(build_app(backend, settings, clock=lambda: 42.5, rng=random.Random(1))) as url:
+        yield url
+
+
+@contextmanager
+def serving_app(app: FastAPI) -> Iterator[str]:
+    """The base URL of a server of `app`."""
     config = uvicorn.Config(app, lifespan="off", ws="none", log_config=None, timeout_graceful_shutdown=WAIT_S)
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listening:

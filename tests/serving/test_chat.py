@@ -7,7 +7,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from serving.chat import ChatMessage, ChatTemplate, ChatTemplateError, NoChatTemplate
+from serving.chat import ChatMessage, ChatTemplate, ChatTemplateError, NoChatTemplate, without_tools
+from serving.tool_calls import Tool, ToolCall, result_text, tools_text
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 CHATML = (
@@ -94,3 +95,54 @@ def test_several_threads_render_at_once() -> None:
     with ThreadPoolExecutor(4) as pool:
         rendered = list(pool.map(template.render, conversations))
     assert all(np.array_equal(a, b) for a, b in zip(rendered, expected, strict=True))
+
+
+WEATHER = Tool("weather", {"type": "object", "properties": {"city": {"type": "string"}}}, "Tells the weather")
+CALL = ToolCall("call_1", "weather", '{"city":"Köln"}')
+TOOL_TURN = [
+    ChatMessage("user", "Is it warm?"),
+    ChatMessage("assistant", "Let me see.", tool_calls=(CALL,)),
+    ChatMessage("tool", "20 degrees", tool_call_id="call_1"),
+    ChatMessage("tool", "sunny", tool_call_id="call_2"),
+]
+WITH_TOOLS = (
+    "{% for tool in tools or [] %}{{ 'TOOL ' + tool['function'] | tojson + '\n' }}{% endfor %}"
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}"
+    "{% for call in m['tool_calls'] or [] %}{{ call['function']['name'] }}({{ call['function']['arguments']['city'] }})"
+    "{% endfor %}{{ (m['tool_call_id'] or '') + '\n' }}{% endfor %}"
+)
+
+
+def text_of(template: str, messages: list[ChatMessage], tools: list[Tool]) -> str:
+    tokenizer = byte_tokenizer(template)
+    return str(tokenizer.decode(ChatTemplate(tokenizer).render(messages, tools).tolist()))
+
+
+def test_a_template_that_knows_tools_gets_them_with_calls_and_results() -> None:
+    first, *rest = text_of(WITH_TOOLS, TOOL_TURN, [WEATHER]).splitlines()
+    assert json.loads(first.removeprefix("TOOL ")) == WEATHER.as_template_input()["function"]
+    assert rest == [
+        "user: Is it warm?",
+        "assistant: Let me see.weather(Köln)",
+        "tool: 20 degreescall_1",
+        "tool: sunnycall_2",
+    ]
+    assert text_of(WITH_TOOLS, TOOL_TURN, []).splitlines() == rest
+
+
+def test_one_that_does_not_is_told_of_them_in_plain_messages() -> None:
+    plain = without_tools(TOOL_TURN, [WEATHER])
+    assert [message.role for message in plain] == ["system", "user", "assistant", "user"]
+    assert plain[0].content == tools_text([WEATHER])
+    assert plain[2].content == f"Let me see.\n{CALL.as_text()}"
+    assert plain[3].content == f"{result_text('20 degrees')}\n{result_text('sunny')}"
+    assert text_of(CHATML, TOOL_TURN, [WEATHER]) == text_of(CHATML, plain, [])
+
+
+def test_the_description_of_tools_follows_what_the_system_says() -> None:
+    system = ChatMessage("system", "Be kind.")
+    (told,) = without_tools([system], [WEATHER])
+    assert told.content == f"Be kind.\n\n{tools_text([WEATHER])}"
+    later = [ChatMessage("user", "hi"), system]
+    assert without_tools(later, [WEATHER])[1:] == later
+    assert without_tools([system, *later], []) == [system, *later]

@@ -8,6 +8,7 @@ import pytest
 
 from serving.completion import DONE, Completion
 from serving.protocol import TokenBatch, TokenLogprob, Usage
+from serving.tool_calls import ToolReader
 from serving.vocabulary import TokenPiece
 
 PIECES = [TokenPiece(b"Hi"), TokenPiece("é".encode()[:1]), TokenPiece("é".encode()[1:]), TokenPiece(b"!")]
@@ -139,3 +140,55 @@ def test_log_probabilities_name_tokens_and_their_bytes() -> None:
         None, [first, second], [first], None, None,
     ]  # fmt: skip
     assert [choice["delta"].get("content") for choice in choices] == ["", "Hi", "", "!", None]
+
+
+CALL_TEXT = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+
+
+def with_tools() -> Completion:
+    return replace(HEAD, new_reader=lambda choice: ToolReader(frozenset({"f"}), f"id{choice}_", accepts_bare=True))
+
+
+def test_a_tool_call_comes_in_one_piece_at_the_end_of_the_stream() -> None:
+    batches = (TokenBatch((1,), "Well.\n<tool"), TokenBatch((2,), CALL_TEXT[5:-1]), replace(END, text=">"))
+    role, text, call, finish = chunks_of(False, *batches, head=with_tools())
+    assert role["choices"][0]["delta"]["role"] == "assistant"
+    assert text["choices"][0]["delta"] == {"content": "Well."}
+    (called,) = call["choices"][0]["delta"]["tool_calls"]
+    function = {"name": "f", "arguments": '{"a": 1}'}
+    assert called == {"index": 0, "id": "id0_0", "type": "function", "function": function}
+    assert (finish["choices"][0]["delta"], finish["choices"][0]["finish_reason"]) == ({}, "tool_calls")
+
+
+@pytest.mark.parametrize(("text", "content"), [("", None), ("Well.\n", "Well.")])
+def test_a_whole_answer_has_its_tool_calls_beside_its_content(text: str, content: str | None) -> None:
+    batches = batches_of(TokenBatch((1, 2), text + CALL_TEXT), replace(END, text=""))
+    (choice,) = json.loads(asyncio.run(with_tools().collect(batches)).as_json())["choices"]
+    function = {"name": "f", "arguments": '{"a": 1}'}
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"] == {
+        "role": "assistant",
+        "content": content,
+        "refusal": None,
+        "tool_calls": [{"id": "id0_0", "type": "function", "function": function}],
+    }
+
+
+def test_a_call_that_was_cut_short_is_content_and_so_is_everything_without_calls() -> None:
+    cut = (TokenBatch((1,), CALL_TEXT[:-20]), replace(END, text="", finish_reason="length"))
+    for batches, reason in ((cut, "length"), ((TokenBatch((1, 2), "Hi"), END), "stop")):
+        (choice,) = json.loads(asyncio.run(with_tools().collect(batches_of(*batches))).as_json())["choices"]
+        text = "".join(batch.text for batch in batches)
+        assert choice["message"] == {"role": "assistant", "content": text, "refusal": None}
+        assert choice["finish_reason"] == reason
+        deltas = [chunk["choices"][0] for chunk in chunks_of(False, *batches, head=with_tools())]
+        assert "".join(choice["delta"].get("content", "") for choice in deltas) == text
+        assert deltas[-1]["finish_reason"] == reason
+
+
+def test_log_probabilities_are_told_of_held_back_text_too() -> None:
+    logprob = TokenLogprob(1, -0.5)
+    batches = (TokenBatch((1,), CALL_TEXT, logprobs=(logprob,)), replace(END, text="", logprobs=(logprob,)))
+    chunks = chunks_of(False, *batches, head=replace(with_tools(), with_logprobs=True))
+    told = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    assert sum(len(one["content"]) for one in told if one) == 2

@@ -40,6 +40,17 @@ def text(param: str | None, code: str, *said: str, status: int = 400, **fields: 
     return Bad({"json": {**TEXT_BODY, **fields}}, param, code, status, said)
 
 
+def schema(said: str, schema: dict[str, Any]) -> Bad:
+    """A response format that no answer can have."""
+    asked = {"type": "json_schema", "json_schema": {"name": "point", "schema": schema}}
+    param = "response_format.json_schema.schema"
+    return chat(param, "invalid_json_schema", "'point'", said, response_format=asked)
+
+
+def tool_of(parameters: dict[str, Any], name: str = "f") -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
 def raw(body: bytes, param: str | None = None, code: str = JSON) -> Bad:
     return Bad({"content": body, "headers": {"content-type": "application/json"}}, param, code)
 
@@ -109,7 +120,6 @@ AT_BOTH: dict[str, Bad] = {
     ),
     "our option misspelt": Bad({"fields": {"tokenloft": {"cahce": False}}}, "tokenloft.cahce", "unknown_parameter"),
     "our option is text": Bad({"fields": {"tokenloft": {"cache": "no"}}}, "tokenloft.cache", TYPE),
-    "json mode": both("response_format", {"type": "json_object"}, UNSUPPORTED),
     "guided": both("guided_json", {"type": "object"}, UNSUPPORTED),
     "beam search": both("use_beam_search", True, UNSUPPORTED),
     "bad words": both("bad_words", ["x"], UNSUPPORTED),
@@ -133,8 +143,22 @@ AT_CHAT: dict[str, Bad] = {
     "an image": chat(
         "messages[0].content[0].type", VALUE, messages=[{"role": "user", "content": [{"type": "image_url"}]}]
     ),
-    "a tool's call": chat(
-        "messages[0].tool_calls", VALUE, "tool calls", messages=[{"role": "assistant", "tool_calls": [{}]}]
+    "a call without an id": chat(
+        "messages[0].tool_calls[0].id", MISSING, messages=[{"role": "assistant", "tool_calls": [{}]}]
+    ),
+    "a call's arguments are no object": chat(
+        "messages[0].tool_calls[0].function.arguments",
+        VALUE,
+        "JSON object",
+        messages=[{"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "[1]"}}]}],
+    ),
+    "a call of a user": chat(
+        "messages[0].tool_calls",
+        VALUE,
+        "assistant",
+        messages=[
+            {"role": "user", "content": "", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": ""}}]}
+        ],
     ),
     "refused by the template": chat(
         "messages", "chat_template_error", messages=[{"role": "assistant", "content": "hi"}]
@@ -148,8 +172,42 @@ AT_CHAT: dict[str, Bad] = {
     "top_logprobs above": chat("top_logprobs", VALUE, "20", logprobs=True, top_logprobs=21),
     "top_logprobs below": chat("top_logprobs", VALUE, logprobs=True, top_logprobs=-1),
     "top_logprobs without logprobs": chat("top_logprobs", VALUE, "logprobs", top_logprobs=2),
-    "tools": chat("tools", UNSUPPORTED, "tools", tools=[{"type": "function"}]),
-    "tool_choice": chat("tool_choice", UNSUPPORTED, "tool_choice", tool_choice="auto"),
+    "a tool of another kind": chat("tools[0].type", VALUE, tools=[{"type": "custom", "custom": {"name": "f"}}]),
+    "a tool without function": chat("tools[0].function", MISSING, tools=[{"type": "function"}]),
+    "a tool's name": chat(
+        "tools[0].function.name", VALUE, tools=[{"type": "function", "function": {"name": "not a name"}}]
+    ),
+    "a name twice": chat("tools", VALUE, "different names", tools=[tool_of({}), tool_of({})]),
+    "a choice without tools": chat("tool_choice", VALUE, "only allowed with", tool_choice="auto"),
+    "another tool is chosen": chat(
+        "tool_choice",
+        VALUE,
+        "among 'tools'",
+        tools=[tool_of({})],
+        tool_choice={"type": "function", "function": {"name": "g"}},
+    ),
+    "an unknown choice": chat("tool_choice", VALUE, tools=[tool_of({})], tool_choice="perhaps"),
+    "a tool's schema": chat(
+        "tools[1].function.parameters",
+        "invalid_function_parameters",
+        "function 'f'",
+        "Invalid type: nope",
+        tools=[tool_of({}, "e"), tool_of({"properties": {"a": {"type": "nope"}}})],
+        tool_choice="required",
+    ),
+    "an unknown format": chat("response_format.type", VALUE, response_format={"type": "xml"}),
+    "a format without schema": chat(
+        "response_format.json_schema", MISSING, response_format={"type": "json_schema"}
+    ),
+    "a schema without name": chat(
+        "response_format.json_schema.name",
+        MISSING,
+        response_format={"type": "json_schema", "json_schema": {"schema": {}}},
+    ),
+    "a schema that asks for what we cannot do": schema("Unimplemented keys", {"type": "array", "uniqueItems": True}),
+    "a schema that contradicts itself": schema("minimum", {"type": "integer", "minimum": 5, "maximum": 4}),
+    "a schema without end": schema("no text can satisfy it", {"$ref": "#"}),
+    "a schema of long words": schema("Invalid type", {"type": "n" * 3000}),
     "functions": chat("functions", UNSUPPORTED, functions=[{"name": "f"}]),
     "audio": chat("modalities", UNSUPPORTED, modalities=["text", "audio"]),
     "search": chat("web_search_options", UNSUPPORTED, web_search_options={}),
@@ -184,6 +242,7 @@ AT_TEXT: dict[str, Bad] = {
     "logprobs above": text("logprobs", VALUE, "20", logprobs=21),
     "echo is text": text("echo", TYPE, echo="yes"),
     "echo with logprobs": text("echo", UNSUPPORTED, "logprobs", echo=True, logprobs=0),
+    "json mode": text("response_format", UNSUPPORTED, response_format={"type": "json_object"}),
     "suffix": text("suffix", UNSUPPORTED, "suffix", suffix="the end"),
     "best_of": text("best_of", UNSUPPORTED, "best_of", best_of=2),
     "best_of more than n": text("best_of", UNSUPPORTED, n=2, best_of=3),

@@ -3,7 +3,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from serving.vocabulary import TokenPiece, Vocabulary
+from serving.vocabulary import TokenMark, TokenPiece, Vocabulary
 
 
 def byte_level() -> PreTrainedTokenizerFast:
@@ -73,6 +73,17 @@ def test_ids_are_those_of_tokenizer_and_model() -> None:
 def test_an_unknown_id_has_no_bytes() -> None:
     vocabulary = Vocabulary(byte_level())
     assert vocabulary.piece(vocabulary.size + 5) == TokenPiece(b"")
+
+
+def test_marks_say_where_lines_and_text_end() -> None:
+    tokenizer = byte_level()
+    vocabulary = Vocabulary(tokenizer)
+    marks = vocabulary.marks()
+    assert marks.shape == (vocabulary.size,)
+    (line_end,) = vocabulary.tokenize("\n").tolist()
+    expected = {tokenizer.eos_token_id: TokenMark.SPECIAL, line_end: TokenMark.LINE_END}
+    assert {i: mark for i, mark in enumerate(marks.tolist()) if mark != TokenMark.PLAIN} == expected
+    assert Vocabulary(tokenizer, num_embeddings=100).marks().shape == (100,)
 
 
 def test_text_to_ids_and_back_with_special_tokens_shown() -> None:
