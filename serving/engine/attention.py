@@ -6,6 +6,7 @@ Each sequence's softmax is taken in parts that need no mask and no copy, then me
     a chunk       [ run of past slots ][ run ] ...   views of the pool, no mask
                                               [ itself ]   its fresh keys and values, causal
     one token     [ run of past slots ][ run with itself ]
+    many of them  [ pieces, in pairs of two sequences ][ tails ]   see `decode_plan`
 
 A group of query heads shares its keys and values as an expanded view. The new rows of every sequence are
 written to the pool first. Nothing here allocates or frees blocks.
@@ -15,8 +16,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.nn import functional
 from transformers import AttentionInterface
 
+from serving.engine.decode_plan import DecodePlan, Piece
 from serving.engine.step_batch import Segment, StepBatch
 
 ATTENTION_NAME = "tokenloft"
@@ -25,7 +28,11 @@ ATTENTION_NAME = "tokenloft"
 Partial = tuple[torch.Tensor, torch.Tensor]
 """Output `(B, H, N, D)` over some of the keys and the log-sum-exp of their scores `(B, H, N)`, float32."""
 
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool, float], Partial]
+Attend = Callable[..., Partial]
+"""`(query, keys, values, is_causal, scale, mask)`: see `attend_plain`."""
+
+_ROWS_OF_A_GROUP = 4
+"""On a CPU a product of so many rows, or a multiple, takes less time than one of fewer."""
 
 
 def register() -> None:
@@ -44,34 +51,55 @@ def paged_attention(
     batch: StepBatch,
     **_unused: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Write the new rows to the pool and attend.
+    """`attend_step` as transformers calls it.
 
     `query` is `(1, H, T, D)`, `key` and `value` are `(1, Hkv, T, D)`, rotated already. Returns `(1, T, H, D)`,
     contiguous. `batch` is the keyword that the runner gives to the model; there is never a mask.
     """
     layer_idx: int = module.layer_idx  # type: ignore[assignment]
-    pool_keys, pool_values = batch.kv[layer_idx]
-    pool_keys.index_copy_(0, batch.slots, key[0].transpose(0, 1))
-    pool_values.index_copy_(0, batch.slots, value[0].transpose(0, 1))
     _, num_heads, num_tokens, head_dim = query.shape
-    num_kv_heads = key.shape[1]
     out = query.new_empty(1, num_tokens, num_heads, head_dim)
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    attend_step(batch, layer_idx, query, key, value, scaling, out[0])
+    return out, None
+
+
+def attend_step(
+    batch: StepBatch,
+    layer_idx: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """Write the new rows to the pool and attend.
+
+    `query` and `out` are `(T, H, D)`, `key` and `value` `(T, Hkv, D)`, rotated already; `out` is contiguous.
+    """
+    pool_keys, pool_values = batch.kv[layer_idx].unbind(0)
+    pool_keys.index_copy_(0, batch.slots, key)
+    pool_values.index_copy_(0, batch.slots, value)
+    num_tokens, num_kv_heads, head_dim = key.shape
+    grouped_query = query.view(num_tokens, num_kv_heads, -1, head_dim)
+    grouped_out = out.view(num_tokens, num_kv_heads, -1, head_dim)
     layer = _LayerStep(
-        query=query[0].view(num_kv_heads, -1, num_tokens, head_dim),
-        key=key[0].unsqueeze(1),
-        value=value[0].unsqueeze(1),
+        query=grouped_query.permute(1, 2, 0, 3),
+        key=key.transpose(0, 1).unsqueeze(1),
+        value=value.transpose(0, 1).unsqueeze(1),
         pool_keys=pool_keys,
         pool_values=pool_values,
-        scale=scaling,
+        scale=scale,
         attend=attend_for(query.device),
     )
-    grouped_out = out[0].view(num_tokens, num_kv_heads, -1, head_dim)
     for segment in batch.segments:
         if segment.length == 1:
             grouped_out[segment.start] = layer.one_token(segment)
         else:
             grouped_out[segment.start : segment.start + segment.length] = layer.chunk(segment)
-    return out, None
+    if batch.decode_plan is not None:
+        plan = batch.decode_plan
+        grouped_out.index_copy_(0, plan.rows, layer.planned(plan, grouped_query.index_select(0, plan.rows)))
 
 
 class _LayerStep:
@@ -111,6 +139,43 @@ class _LayerStep:
         partials.append(self._attend(query, self.key[:, :, fresh], self.value[:, :, fresh], is_causal=True))
         return merge_partials(partials).permute(2, 0, 1, 3)
 
+    def planned(self, plan: DecodePlan, query: torch.Tensor) -> torch.Tensor:
+        """Output of all tokens of a plan, for their `query`; both `(B, Hkv, groups, D)`."""
+        groups = query.shape[2]
+        query = self._filled_groups(query)
+        partials = [self._tails(plan, query)]
+        piece_query = query.index_select(0, plan.piece_sequences)
+        for at, (first, second) in enumerate(plan.pairs):
+            keys, values = (self._pair(pool, first, second) for pool in (self.pool_keys, self.pool_values))
+            partials.append(self.attend(piece_query[2 * at : 2 * at + 2], keys, values, False, self.scale))
+        out = torch.cat([out for out, _ in partials])
+        if not plan.pairs:
+            return out[:, :, :groups]
+        lse = torch.cat([lse for _, lse in partials])[plan.partials] + plan.partials_mask
+        weights = lse.softmax(dim=1).unsqueeze(-1)
+        return (out[plan.partials] * weights).sum(dim=1)[:, :, :groups].to(query.dtype)
+
+    def _filled_groups(self, query: torch.Tensor) -> torch.Tensor:
+        missing = -query.shape[2] % _ROWS_OF_A_GROUP
+        return functional.pad(query, (0, 0, 0, missing)) if missing and query.device.type == "cpu" else query
+
+    def _tails(self, plan: DecodePlan, query: torch.Tensor) -> Partial:
+        shape = (*plan.tail_slots.shape, *self.pool_keys.shape[1:])
+        keys, values = (
+            pool.index_select(0, plan.tail_slots.flatten()).view(shape).transpose(1, 2)
+            for pool in (self.pool_keys, self.pool_values)
+        )
+        return self.attend(query, keys, values, False, self.scale, plan.tail_mask)
+
+    def _pair(self, pool: torch.Tensor, first: Piece, second: Piece) -> torch.Tensor:
+        """The rows of both pieces, `(2, Hkv, length, D)`, a view."""
+        slot_stride, head_stride, _ = pool.stride()
+        return pool.as_strided(
+            (2, pool.shape[1], first.length, pool.shape[2]),
+            ((second.first - first.first) * slot_stride, head_stride, slot_stride, 1),
+            pool.storage_offset() + first.first * slot_stride,
+        )
+
     def _past(self, query: torch.Tensor, segment: Segment) -> list[Partial]:
         if segment.gathered is not None:
             keys = self.pool_keys.index_select(0, segment.gathered).transpose(0, 1).unsqueeze(1)
@@ -146,20 +211,35 @@ def attend_for(device: torch.device) -> Attend:
 
 
 def _attend_cpu(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, is_causal: bool, scale: float
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    is_causal: bool,
+    scale: float,
+    mask: torch.Tensor | None = None,
 ) -> Partial:
     # The kernel behind scaled_dot_product_attention, which keeps the log-sum-exp to itself. It takes any strides.
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, keys, values, 0.0, is_causal, scale=scale
+        query, keys, values, 0.0, is_causal, attn_mask=mask, scale=scale
     )
     return out, lse
 
 
 def attend_plain(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, is_causal: bool, scale: float
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    is_causal: bool,
+    scale: float,
+    mask: torch.Tensor | None = None,
 ) -> Partial:
-    """The same from plain operations, for every device; scores and sums are float32."""
+    """Softmax attention from plain operations, for every device; scores and sums are float32.
+
+    `query` is `(B, H, N, D)`, `keys` and `values` are `(B, H, S, D)`, and `mask` is added to the scores.
+    """
     scores = (query @ keys.transpose(-1, -2)).float() * scale
+    if mask is not None:
+        scores = scores + mask
     if is_causal:
         num_queries, num_keys = scores.shape[-2:]
         hidden = torch.ones(num_queries, num_keys, dtype=torch.bool, device=scores.device).triu(1)

@@ -1,13 +1,13 @@
 """The model: loads a folder of weights, refuses what it cannot serve, and runs packed steps.
 
-Stock transformers modules with this engine's attention; no Cache object, no mask, no padding. The KV goes to
-the pool named by the step batch; the runner itself keeps no state between steps, so any thread may own it,
-but only one at a time.
+The modules of a known family are fused (see `fused`), others run as transformers has them, with this engine's
+attention; no Cache object, no mask. The KV goes to the pool named by the step batch; the runner itself keeps no
+state between steps, so any thread may own it, but only one at a time.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from transformers.utils import logging as transformers_logging
 from cache.fingerprint import Fingerprint
 from serving.engine import attention
 from serving.engine.families import UnsupportedModelError, check_model_type
+from serving.engine.fused import FusedDecoder, can_fuse
 from serving.engine.kv_pool import KV_DTYPES, KVLayout
+from serving.engine.linear import TiedHead, make_linear
 from serving.engine.step_batch import StepBatch
 
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -64,10 +66,12 @@ class ModelRunner:
         self.dtype = dtype
         self.device = torch.device(device)
         model.to(self.device).eval()
-        self._decoder = model.get_decoder()
-        self._lm_head = model.get_output_embeddings()
         # The model's own config: what it was built with, after transformers filled in its defaults.
         self._config: Any = model.config
+        self._decoder = model.get_decoder()
+        self._head_dim: int = self._decoder.layers[0].self_attn.head_dim
+        self._lm_head = _take_head(model)
+        self._fused = FusedDecoder(self._decoder, self._config) if can_fuse(self._decoder, self._config) else None
         self.eos_token_ids: frozenset[int] = _token_ids(model.generation_config.eos_token_id) | _token_ids(
             self._config.eos_token_id
         )
@@ -86,11 +90,10 @@ class ModelRunner:
 
     def layout(self, block_size: int) -> KVLayout:
         """Layout of the KV that the model makes."""
-        attention_module = self._decoder.layers[0].self_attn
         return KVLayout(
             num_layers=self._config.num_hidden_layers,
             num_kv_heads=self._config.num_key_value_heads,
-            head_dim=attention_module.head_dim,
+            head_dim=self._head_dim,
             block_size=block_size,
             dtype=self.dtype,
         )
@@ -118,15 +121,22 @@ class ModelRunner:
     def forward(self, batch: StepBatch) -> torch.Tensor:
         """Compute the batch's tokens into its pool and return the wanted logits, `(num_logits, vocab_size)` float32."""
         with torch.inference_mode():
-            hidden: torch.Tensor = self._decoder(
-                input_ids=batch.input_ids.unsqueeze(0),
-                position_ids=batch.position_ids.unsqueeze(0),
-                use_cache=False,
-                batch=batch,
-            ).last_hidden_state
+            hidden = self._hidden_states(batch)
             # The head is as large as several layers, so it only sees the rows whose logits are wanted.
-            logits: torch.Tensor = self._lm_head(hidden[0].index_select(0, batch.logits_indices))
+            logits: torch.Tensor = self._lm_head(hidden.index_select(0, batch.logits_indices))
             return logits.float()
+
+    def _hidden_states(self, batch: StepBatch) -> torch.Tensor:
+        """Last hidden states `(T, hidden_size)`."""
+        if self._fused is not None:
+            return self._fused.forward(batch)
+        hidden: torch.Tensor = self._decoder(
+            input_ids=batch.input_ids.unsqueeze(0),
+            position_ids=batch.position_ids.unsqueeze(0),
+            use_cache=False,
+            batch=batch,
+        ).last_hidden_state
+        return hidden[0]
 
 
 def set_num_threads(num_threads: int) -> None:
@@ -174,6 +184,17 @@ def quiet_loading() -> Iterator[None]:
         yield
     finally:
         transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _take_head(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The product with the output head, whose weights stay what the embedding looks up if they are tied."""
+    head = model.get_output_embeddings()
+    if head.weight is model.get_input_embeddings().weight and head.bias is None:
+        return TiedHead(head.weight.detach())
+    with torch.inference_mode():
+        taken = make_linear(head.weight.detach(), head.bias)
+    model.set_output_embeddings(None)
+    return taken
 
 
 def _token_ids(value: int | list[int] | None) -> frozenset[int]:

@@ -14,13 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from serving.engine.decode_plan import DecodePlan, SlotRun, plan_decode
 from serving.engine.kv_pool import KVPool
-
-SlotRun = tuple[int, int]
-"""Consecutive slots `[first, last)` of the pool."""
 
 MAX_VIEWED_RUNS = 8
 """A sequence in more runs than this is gathered instead: each run costs a call and a merge per layer."""
+
+MIN_PLANNED_TOKENS = 512
+"""A single token that decodes alone is planned (see `decode_plan`) from so many keys on; several always are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,9 @@ class StepBatch:
     slots: torch.Tensor
     """`(T,)` int64, the slot that takes each token's KV."""
     segments: tuple[Segment, ...]
+    """What is attended to one by one."""
+    decode_plan: DecodePlan | None
+    """All the rest: single tokens, attended to together."""
     kv: torch.Tensor
     """The pool's tensor."""
     logits_indices: torch.Tensor
@@ -106,14 +110,27 @@ def build_step_batch(pool: KVPool, parts: Sequence[SequencePart]) -> StepBatch:
         if part.wants_logits:
             logits_indices.append(start - 1)
     token_ids = [np.asarray(part.token_ids, dtype=np.int64) for part in parts]
+    planned = _planned(segments)
+    plan = None
+    if planned:
+        plan = plan_decode([s.start for s in planned], [s.runs for s in planned], pool.kv.dtype, device)
     return StepBatch(
         input_ids=_to_device(token_ids, device),
         position_ids=_to_device(positions, device),
         slots=_to_device(slots, device),
-        segments=tuple(segments),
+        segments=tuple(segment for segment in segments if not any(segment is other for other in planned)),
+        decode_plan=plan,
         kv=pool.kv,
         logits_indices=torch.tensor(logits_indices, dtype=torch.int64, device=device),
     )
+
+
+def _planned(segments: Sequence[Segment]) -> list[Segment]:
+    """The single tokens that are better attended to together."""
+    singles = [segment for segment in segments if segment.length == 1 and segment.gathered is None]
+    if len(singles) == 1 and sum(last - first for first, last in singles[0].runs) < MIN_PLANNED_TOKENS:
+        return []
+    return singles
 
 
 def _segment(part: SequencePart, start: int, block_size: int, device: torch.device) -> Segment:

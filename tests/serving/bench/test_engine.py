@@ -8,11 +8,13 @@ from serving.bench.roofline import Roofline, prefill_flops
 
 def test_all_figures_are_measured(tiny_model_dir: Path) -> None:
     said: list[str] = []
-    options = EngineBenchOptions(tiny_model_dir, 1, (64, 200), (1, 3), decode_tokens=8, rounds=1, chunk_tokens=64)
+    options = EngineBenchOptions(
+        tiny_model_dir, 1, (64, 200), ((1, 64), (3, 90)), decode_tokens=8, rounds=1, chunk_tokens=64
+    )
     report = run_engine_bench(options, said.append)
     names = [figure.name for figure in report.figures]
     assert names[:2] == ["gemm", "memory read"]
-    for name in ("prefill 64", "prefill 200", "decode step, 1 sequence", "decode step, 3 sequences"):
+    for name in ("prefill 64", "prefill 200", "decode step, 1 sequence of 64", "decode step, 3 sequences of 90"):
         assert name in names
     assert all(figure.value is not None and figure.value > 0 for figure in report.figures)
     assert all(figure.against_value is not None and figure.against_value > 0 for figure in report.figures[2:])

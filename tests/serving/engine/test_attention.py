@@ -171,6 +171,37 @@ def test_other_devices_attend_with_plain_operations() -> None:
     assert attend_for(torch.device("cuda")) is attend_plain
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mask_hides_keys_on_every_path(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(2)
+    query, keys, values = (torch.randn(2, 3, n, HEAD_DIM, generator=generator).to(dtype) for n in (4, 50, 50))
+    mask = torch.zeros(2, 1, 1, 50, dtype=dtype)
+    mask[0, ..., 20:] = float("-inf")
+    for attend in (attend_for(torch.device("cpu")), attend_plain):
+        out, lse = attend(query, keys, values, False, SCALE, mask)
+        short_out, short_lse = attend_plain(query[:1], keys[:1, :, :20], values[:1, :, :20], False, SCALE)
+        full_out, full_lse = attend_plain(query[1:], keys[1:], values[1:], False, SCALE)
+        tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+        torch.testing.assert_close(out, torch.cat((short_out, full_out)), atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(lse, torch.cat((short_lse, full_lse)), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("groups", [1, 3, 4, 5])
+@pytest.mark.parametrize("lengths", [[700], [64, 65], [500, 503, 511], [1200, 300, 7, 1], [129] * 5])
+def test_single_tokens_of_long_sequences_together(lengths: list[int], groups: int) -> None:
+    num_blocks = sum(-(-length // BLOCK_SIZE) for length in lengths)
+    # A few cuts: sequences in several runs, some of them swapped.
+    tables = list(range(num_blocks))
+    tables = tables[num_blocks // 3 :] + tables[: num_blocks // 3]
+    sequences = make_sequences(lengths, tables, 2, groups)
+    pool = make_pool(num_blocks, 2)
+    run_step(pool, sequences, [(0, length - 1) for length in lengths])
+    outs = run_step(pool, sequences, [(length - 1, length) for length in lengths])
+    for out, sequence, length in zip(outs, sequences, lengths, strict=True):
+        expected = reference(sequence.query[-1:], sequence.keys, sequence.values, length - 1)
+        torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_part_without_weight_leaves_the_other_as_it_is() -> None:
     out, lse = torch.randn(1, 1, 3, HEAD_DIM), torch.zeros(1, 1, 3)
     merged = merge_partials([(out, lse), (torch.randn_like(out), lse - 1000)])

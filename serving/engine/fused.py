@@ -1,0 +1,223 @@
+"""A decoder's forward pass with few, large operations, made from the modules of a known family.
+
+    norm -> [q k v] -> (head norms) -> rotate -> attention -> out + residual
+    norm -> [gate up] -> silu(gate) * up -> down + residual
+
+The same arithmetic as the stock modules up to rounding. The layers' weights are taken over, not shared: they are
+joined, laid out for the machine (see `linear`), and the stock layers are dropped one by one, so that the weights
+are never there twice. Modules that are not exactly as expected are left alone: the stock forward serves them.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from serving.engine.attention import attend_step
+from serving.engine.families import FUSED_MODULES
+from serving.engine.linear import PACKED_MIN_ROWS, Linear, PackedLinear, make_linear
+from serving.engine.step_batch import StepBatch
+
+_ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_HEAD_NORMS = {"q_norm", "k_norm"}
+_MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+_LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+
+
+class RMSNorm:
+    """`x * weight / sqrt(mean(x^2) + eps)` along the last dimension (arXiv 1910.07467)."""
+
+    def __init__(self, weight: torch.Tensor, eps: float) -> None:
+        self._weight = weight
+        self._eps = eps
+        size = weight.shape[0]
+        # For vectors of this size: the mean's square root is norm / sqrt(size), so the divisor becomes
+        # hypot(norm, sqrt(size * eps)) / sqrt(size). Four operations in the place of the nine of torch's own.
+        self._scaled_weight = weight * size**0.5
+        self._least = torch.tensor((size * eps) ** 0.5, dtype=weight.dtype, device=weight.device)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != torch.float32:  # a norm in half precision would be too coarse
+            return functional.rms_norm(x, self._weight.shape, self._weight, self._eps)
+        divisor = torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(self._least)
+        return torch.div(x, divisor).mul_(self._scaled_weight)
+
+
+@dataclass(frozen=True, slots=True)
+class _HeadNorm:
+    """One norm per head of queries and keys."""
+
+    weight: torch.Tensor
+    """`(num_heads + num_kv_heads, head_dim)`."""
+    eps: float
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.rms_norm(x, x.shape[-1:], None, self.eps) * self.weight
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    before_attention: RMSNorm
+    qkv: Linear
+    head_norm: _HeadNorm | None
+    out: Linear
+    before_mlp: RMSNorm
+    gate_up: Linear
+    down: Linear
+    scale: float
+
+
+def can_fuse(decoder: nn.Module, config: Any) -> bool:
+    """Whether `FusedDecoder` computes what this decoder does."""
+    prefix = FUSED_MODULES.get(config.model_type)
+    if prefix is None or config.hidden_act != "silu" or type(decoder).__name__ != f"{prefix}Model":
+        return False
+    return all(_is_known(layer, prefix) for layer in _layers(decoder))
+
+
+def _is_known(layer: Any, prefix: str) -> bool:
+    attention: Any = getattr(layer, "self_attn", None)
+    mlp: Any = getattr(layer, "mlp", None)
+    types = (type(layer).__name__, type(attention).__name__, type(mlp).__name__)
+    if types != (f"{prefix}DecoderLayer", f"{prefix}Attention", f"{prefix}MLP"):
+        return False
+    return (
+        _children(layer) == _LAYER_PARTS
+        and _children(attention) - _HEAD_NORMS == _ATTENTION_PARTS
+        and _children(mlp) == _MLP_PARTS
+        and _have_biases_alike(attention.q_proj, attention.k_proj, attention.v_proj)
+        and _have_biases_alike(mlp.gate_proj, mlp.up_proj)
+    )
+
+
+def _children(module: nn.Module) -> set[str]:
+    return {name for name, _ in module.named_children()}
+
+
+def _have_biases_alike(*linears: nn.Linear) -> bool:
+    return len({_bias(linear) is None for linear in linears}) == 1
+
+
+def _bias(linear: nn.Linear) -> torch.Tensor | None:
+    # A linear without a bias has None there, which torch's annotation leaves out.
+    bias: torch.Tensor | None = linear.bias
+    return bias
+
+
+def _layers(decoder: Any) -> nn.ModuleList:
+    layers: nn.ModuleList = decoder.layers
+    return layers
+
+
+class FusedDecoder:
+    """Takes a decoder's layers over; the decoder cannot run by itself afterwards."""
+
+    def __init__(self, decoder: Any, config: Any) -> None:
+        """Needs `can_fuse`."""
+        attention = decoder.layers[0].self_attn
+        self._head_dim: int = attention.head_dim
+        self._num_heads: int = config.num_attention_heads
+        self._num_kv_heads: int = config.num_key_value_heads
+        self._embed = decoder.embed_tokens
+        self._rotary = decoder.rotary_emb
+        self._norm = _norm(decoder.norm)
+        with torch.inference_mode():
+            self._layers = [self._take_layer(decoder.layers, at) for at in range(len(decoder.layers))]
+        self._min_rows = PACKED_MIN_ROWS if isinstance(self._layers[0].qkv, PackedLinear) else 1
+
+    def _take_layer(self, layers: Any, at: int) -> _Layer:
+        stock, layers[at] = layers[at], nn.Identity()
+        attention, mlp = stock.self_attn, stock.mlp
+        return _Layer(
+            before_attention=_norm(stock.input_layernorm),
+            qkv=_join(attention.q_proj, attention.k_proj, attention.v_proj),
+            head_norm=self._head_norm(attention) if hasattr(attention, "q_norm") else None,
+            out=_join(attention.o_proj),
+            before_mlp=_norm(stock.post_attention_layernorm),
+            gate_up=_join(mlp.gate_proj, mlp.up_proj),
+            down=_join(mlp.down_proj),
+            scale=attention.scaling,
+        )
+
+    def _head_norm(self, attention: Any) -> _HeadNorm:
+        weights = (
+            attention.q_norm.weight.expand(self._num_heads, -1),
+            attention.k_norm.weight.expand(self._num_kv_heads, -1),
+        )
+        return _HeadNorm(torch.cat(weights), attention.q_norm.variance_epsilon)
+
+    def forward(self, batch: StepBatch) -> torch.Tensor:
+        """Compute the batch's tokens into its pool; the last hidden states, normed, `(T, hidden_size)`."""
+        num_padding = max(0, self._min_rows - batch.num_tokens)
+        hidden: torch.Tensor = self._embed(_padded(batch.input_ids, num_padding))
+        cos, sin = self._angles(hidden, _padded(batch.position_ids, num_padding))
+        attended = hidden.new_zeros(hidden.shape[0], self._num_heads, self._head_dim)
+        for layer_idx, layer in enumerate(self._layers):
+            self._attend(layer, layer_idx, hidden, cos, sin, batch, attended)
+            hidden = layer.out.add_to(hidden, attended.flatten(1))
+            hidden = layer.down.add_to(hidden, _gated(layer.gate_up(layer.before_mlp(hidden))))
+        return self._norm(hidden[: batch.num_tokens])
+
+    def _angles(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines `(T, 1, head_dim)` and sines `(T, 1, head_dim / 2)`; both halves of a head turn by the same."""
+        cos, sin = self._rotary(hidden.unsqueeze(0), position_ids=position_ids.unsqueeze(0))
+        return cos[0].unsqueeze(1), sin[0, :, : self._head_dim // 2].unsqueeze(1)
+
+    def _attend(
+        self,
+        layer: _Layer,
+        layer_idx: int,
+        hidden: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        batch: StepBatch,
+        attended: torch.Tensor,
+    ) -> None:
+        num_tokens = batch.num_tokens
+        qkv = layer.qkv(layer.before_attention(hidden)).view(hidden.shape[0], -1, self._head_dim)
+        num_rotated = self._num_heads + self._num_kv_heads
+        turned = qkv[:, :num_rotated]
+        if layer.head_norm is not None:
+            turned = layer.head_norm(turned)
+        turned = rotate(turned, cos, sin)[:num_tokens]
+        attend_step(
+            batch,
+            layer_idx,
+            turned[:, : self._num_heads],
+            turned[:, self._num_heads :],
+            qkv[:num_tokens, num_rotated:],
+            layer.scale,
+            attended[:num_tokens],
+        )
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary positions (RoFormer, arXiv 2104.09864), halves paired: `x` `(T, H, D)`, `cos` `(T, 1, D)`, `sin` half."""
+    half = x.shape[-1] // 2
+    rotated = x * cos
+    rotated[..., :half].addcmul_(x[..., half:], sin, value=-1.0)
+    rotated[..., half:].addcmul_(x[..., :half], sin)
+    return rotated
+
+
+def _gated(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return functional.silu(gate, inplace=True).mul_(up)
+
+
+def _padded(ids: torch.Tensor, num_padding: int) -> torch.Tensor:
+    # The rows that fill up are token 0 at position 0: they are computed and never attended to, stored or returned.
+    return functional.pad(ids, (0, num_padding)) if num_padding else ids
+
+
+def _norm(stock: Any) -> RMSNorm:
+    return RMSNorm(stock.weight.detach(), stock.variance_epsilon)
+
+
+def _join(*stock: nn.Linear) -> Linear:
+    """One product in the place of several of the same input."""
+    weight = torch.cat([linear.weight for linear in stock]) if len(stock) > 1 else stock[0].weight.detach()
+    biases = [bias for linear in stock if (bias := _bias(linear)) is not None]
+    return make_linear(weight, torch.cat(biases) if biases else None)
