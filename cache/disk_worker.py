@@ -110,10 +110,11 @@ class DiskWorker:
             self._num_hurrying -= 1
 
     def watch(self) -> None:
-        """Notice a disk that hangs."""
+        """Notice a disk that hangs, and that time goes on although the thread does not."""
         since = self._busy_since
         if since is not None and self._clock() - since > self._config.write_timeout_s:
             self._degrade(f"the disk has not answered for {self._config.write_timeout_s:g} s")
+            self._expire()
 
     def quarantine(self, extent_id: str, tier: Tier, reason: str) -> None:
         """An image is corrupt or missing: a miss from now on."""
@@ -211,6 +212,7 @@ class DiskWorker:
             self._give_up(extent_id)
         except _LowSpace as low:
             self._give_up(extent_id)
+            self._commit()  # what was written before: later, its success would look like the end of the trouble
             with self._changed:
                 self._degrade(str(low))
         except OSError as error:

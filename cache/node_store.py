@@ -138,8 +138,8 @@ class NodeStore:
         """Reserve room for the blocks that are missing; waits for another writer of the same ones, or for room."""
         deadline = self._clock() + self._config.store_wait_s
         with self._changed:
-            self._worker.watch()
             while True:
+                self._worker.watch()
                 decision = self._ledger.prepare_store(offer, self._clock())
                 self._worker.apply(decision.drops)
                 if decision.granted or not (decision.is_busy or decision.is_full):

@@ -1,5 +1,7 @@
 """Node stores on real memory and real files, and how tests look at them from outside."""
 
+import errno
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -26,6 +28,28 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+class HangingFiles(Files):
+    """A disk that stops answering when it is told to make something durable, or fails."""
+
+    def __init__(self) -> None:
+        self.answers = threading.Event()
+        self.answers.set()
+        self.is_asked = threading.Event()
+        self.num_failures = 0
+
+    def hang(self) -> None:
+        self.is_asked.clear()
+        self.answers.clear()
+
+    def sync(self, path: Path) -> None:
+        self.is_asked.set()
+        self.answers.wait()
+        if self.num_failures:
+            self.num_failures -= 1
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        super().sync(path)
 
 
 def wait_until(holds: Callable[[], bool], timeout_s: float = 30.0) -> None:

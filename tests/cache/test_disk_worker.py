@@ -1,14 +1,29 @@
-"""What moves between the tiers by itself: promotions, bad images, batched writes, and every trouble with the disk."""
+"""What moves between the tiers by itself: promotions, bad images, batched writes, and a disk that fails."""
 
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cache.events import Tier
+from cache.node_store import NodeStore
+from cache.tiers.disk import FileTier
+from cache.tiers.memory import MemoryTier
 from tests.cache.chains import BLOCK_SIZE, IMAGE_BYTES, budgets, header_of, query, store_chain, store_config
-from tests.cache.stores import OTHER, TOKENS, counter, damage, open_store, read, wait_until
+from tests.cache.stores import (
+    OTHER,
+    TOKENS,
+    Clock,
+    HangingFiles,
+    counter,
+    damage,
+    extent_files,
+    open_store,
+    read,
+    wait_until,
+)
 
 # -- promotion --------------------------------------------------------------------------------------
 
@@ -184,3 +199,115 @@ def test_a_budget_for_a_disk_that_is_not_there_means_nothing() -> None:
         assert store_chain(store, OTHER)
         assert store.flush()
         assert (store.stats().disk_budget_bytes, store.stats().directory) == (0, None)
+
+
+# -- writes that are made durable together ----------------------------------------------------------
+
+
+class CountedTier(FileTier):
+    """Keeps a list of how many were committed together."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory, fsync=False)
+        self.commits: list[int] = []
+        self.free: int | None = None
+        """Bytes free on the file system, if not what is true."""
+
+    def free_bytes(self) -> int:
+        return super().free_bytes() if self.free is None else self.free
+
+    def commit(self) -> list[str]:
+        committed = super().commit()
+        self.commits.append(len(committed))
+        return committed
+
+
+def batched(folder: Path, clock: Callable[[], float], **times: float) -> tuple[NodeStore, CountedTier]:
+    tier = CountedTier(folder)
+    return NodeStore(store_config(None, **times), MemoryTier(), tier, clock=clock), tier
+
+
+def put_down(folder: Path, num_extents: int) -> None:
+    wait_until(lambda: len(list((folder / "tmp").iterdir())) == num_extents)
+
+
+def test_writes_wait_for_each_other_and_are_visible_together(tmp_path: Path) -> None:
+    clock, folder = Clock(), tmp_path / "w"
+    store, tier = batched(folder, clock, commit_interval_s=2.0)
+    with store:
+        store_chain(store, OTHER)
+        put_down(folder, 3)
+        clock.now += 1.9
+        store_chain(store, TOKENS[:8])
+        put_down(folder, 5)
+        assert (extent_files(folder), counter(store, "written_extents")) == ([], 0)
+        assert store.stats().dirty_bytes == 5 * IMAGE_BYTES, "they are not durable yet"
+        clock.now += 0.1
+        wait_until(lambda: counter(store, "written_extents") == 5)
+        assert len(extent_files(folder)) == 5
+        assert (tier.commits, store.stats().dirty_bytes) == ([5], 0)
+        store_chain(store, TOKENS[:12])
+        put_down(folder, 1)
+        clock.now += 1.9
+        assert tier.commits == [5], "the time begins anew with the first write after a commit"
+        store.check_integrity()
+
+
+def test_a_full_batch_does_not_wait(tmp_path: Path) -> None:
+    store, tier = batched(tmp_path / "w", Clock(), commit_interval_s=2.0, max_batch_bytes=3 * IMAGE_BYTES)
+    with store:
+        store_chain(store, OTHER)
+        wait_until(lambda: counter(store, "written_extents") == 3)
+        assert tier.commits == [3]
+
+
+def test_a_flush_does_not_wait_for_the_time_of_a_commit(tmp_path: Path) -> None:
+    store, tier = batched(tmp_path / "w", Clock(), commit_interval_s=1000.0)
+    with store:
+        store_chain(store, OTHER)
+        assert store.flush()
+        assert sum(tier.commits) == 3
+        assert len(extent_files(tmp_path / "w")) == 3
+
+
+def test_nor_does_a_close(tmp_path: Path) -> None:
+    store, tier = batched(tmp_path / "w", Clock(), commit_interval_s=1000.0)
+    store_chain(store, OTHER)
+    store.close()
+    assert sum(tier.commits) == 3
+    with open_store(tmp_path / "w") as store:
+        assert read(store, OTHER) == (12, {Tier.DISK})
+
+
+def test_a_disk_that_fills_up_within_a_batch_stays_degraded(tmp_path: Path) -> None:
+    clock = Clock()
+    store, tier = batched(tmp_path / "w", clock, commit_interval_s=2.0)
+    with store:
+        store_chain(store, OTHER[:4])
+        put_down(tmp_path / "w", 1)
+        tier.free = 0
+        store_chain(store, OTHER)
+        wait_until(lambda: counter(store, "dropped_writes") == 2)
+        clock.now += 2.0
+        wait_until(lambda: counter(store, "written_extents") == 1)
+        assert store.stats().state.startswith("degraded: less than 0 MiB free")
+        tier.free = None
+        assert store_chain(store, TOKENS[:4])
+        assert store.flush()
+        assert store.stats().state == "ok"
+        store.check_integrity()
+
+
+def test_a_failed_commit_is_done_again_with_all_that_was_in_it(tmp_path: Path) -> None:
+    files, folder = HangingFiles(), tmp_path / "w"
+    with open_store(folder, store_config(commit_interval_s=1000.0, retry_s=0.05), files) as store:
+        store_chain(store, OTHER)
+        put_down(folder, 3)
+        files.num_failures = 1
+        store.flush()
+        wait_until(lambda: store.flush(0.1) and store.stats().state == "ok")
+        assert files.num_failures == 0
+        assert counter(store, "written_extents") == 3
+        store.check_integrity()
+    with open_store(folder) as store:
+        assert read(store, OTHER) == (12, {Tier.DISK})
