@@ -70,20 +70,18 @@ class KVShape:
     head_dim: int
     dtype: str
     """One of `DTYPES`."""
+    bytes_per_token: int = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.dtype not in self.DTYPES:
             raise ValueError(f"KV can't be stored as {self.dtype!r}, choose one of {', '.join(self.DTYPES)}")
+        object.__setattr__(self, "bytes_per_token", self.num_layers * 2 * self.row_bytes)
 
     @property
     def row_bytes(self) -> int:
         """Bytes of the keys, or of the values, of one token in one layer."""
         value_bytes, scale_bytes = self.DTYPES[self.dtype]
         return self.num_kv_heads * (self.head_dim * value_bytes + scale_bytes)
-
-    @property
-    def bytes_per_token(self) -> int:
-        return self.num_layers * 2 * self.row_bytes
 
 
 class Origin(NamedTuple):
@@ -96,9 +94,13 @@ class Origin(NamedTuple):
 NOBODY = Origin()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class ExtentHeader:
-    """What an extent holds. Compact, for a node store keeps one for each of its extents: see `make`."""
+    """What an extent holds. Never changed; see `make`.
+
+    Compact, for a node store keeps one for each of its extents, and not frozen, which would cost a quarter of a second
+    for each 200,000 of them when a store opens.
+    """
 
     root_hash: BlockHash
     parent_hash: BlockHash
@@ -115,8 +117,7 @@ class ExtentHeader:
     """Content address: the chain names the content. Hex, also the file's name."""
 
     def __post_init__(self) -> None:
-        digest = xxhash.xxh3_128_hexdigest(self.root_hash + self.parent_hash + self.packed_hashes)
-        object.__setattr__(self, "extent_id", digest)
+        self.extent_id = xxhash.xxh3_128_hexdigest(self.root_hash + self.parent_hash + self.packed_hashes)
 
     @classmethod
     def make(
@@ -160,13 +161,14 @@ class ExtentHeader:
 
     @property
     def payload_offset(self) -> int:
-        names = len(self.origin.tenant) + len(self.origin.session)
-        header_bytes = _HEADER_ROOM + self.num_blocks * _ROOM_PER_BLOCK + len(self.packed_tokens) + 4 * names
-        return -(-header_bytes // ALIGNMENT) * ALIGNMENT
+        tenant, session = self.origin
+        num_blocks = len(self.packed_hashes) // HASH_BYTES
+        header_bytes = num_blocks * _ROOM_PER_BLOCK + len(self.packed_tokens) + 4 * (len(tenant) + len(session))
+        return -(-(_HEADER_ROOM + header_bytes) // ALIGNMENT) * ALIGNMENT
 
     @property
     def image_bytes(self) -> int:
-        return self.payload_offset + self.payload_bytes
+        return self.payload_offset + len(self.packed_tokens) // TOKEN_BYTES * self.shape.bytes_per_token
 
     def block_hash(self, index: int) -> BlockHash:
         return BlockHash(self.packed_hashes[index * HASH_BYTES : (index + 1) * HASH_BYTES])

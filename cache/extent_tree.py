@@ -192,15 +192,16 @@ class ExtentTree:
             child.parent = extent
 
     def add_all(self, extents: Iterable[Extent]) -> list[Extent]:
-        """Enter many at once, in any order. Returns those that are left out: their blocks lie in another one."""
+        """Enter many at once, in any order, readable and not shown yet.
+
+        Returns those that are left out: their blocks lie in another one.
+        """
         left_out: list[Extent] = []
-        entered: set[Extent] = set()
         for extent in extents:
             header = extent.header
             if self._by_first.setdefault(header.block_hash(0), extent) is not extent:
                 left_out.append(extent)
                 continue
-            entered.add(extent)
             siblings = self._children.get(header.parent_hash)
             if siblings is None:
                 self._children[header.parent_hash] = [extent]
@@ -210,21 +211,27 @@ class ExtentTree:
             if len(siblings) > 1:
                 siblings.sort(key=_first_tokens)
         # What is taken out may have hidden that its descendants lie in another one too.
-        while overlapping := self._link(entered):
+        while overlapping := self._link():
             for extent in overlapping:
                 self.remove(extent)
             left_out += overlapping
         return left_out
 
-    def _link(self, entered: set[Extent]) -> list[Extent]:
-        """Find all parents anew. Returns which of the `entered` extents must go for a block that lies in two."""
-        for extent in self:
-            for child in self.children(extent):
-                child.parent = extent
+    def _link(self) -> list[Extent]:
+        """Find all parents anew. Returns which of the entering extents must go: a block lies in two."""
+        children = self._children
         overlapping: dict[Extent, None] = {}
         for extent in self:
-            if extent.parent is not None and _lies_in_parent(extent):
-                overlapping[extent if extent in entered else extent.parent] = None
+            packed = extent.header.packed_hashes
+            for end in range(HASH_BYTES, len(packed) + 1, HASH_BYTES):
+                found = children.get(BlockHash(packed[end - HASH_BYTES : end]))
+                if found is None:
+                    continue
+                following = packed[end : end + HASH_BYTES]
+                for child in found:
+                    child.parent = extent
+                    if following and child.header.packed_hashes.startswith(following):
+                        overlapping[child if _is_entering(child) else extent] = None
         return list(overlapping)
 
     def remove(self, extent: Extent) -> None:
@@ -312,13 +319,9 @@ def _shared_blocks(stored: bytes, asked: bytes, at: int) -> int:
     return offset // HASH_BYTES
 
 
-def _lies_in_parent(extent: Extent) -> bool:
-    """Its first block is also the next one inside its parent: both were stored, one of them was to be deleted."""
-    if extent.parent is None:
-        return False
-    header = extent.parent.header
-    index = header.find_block(extent.header.parent_hash)
-    return index is not None and header.block_hash(index + 1) == extent.header.block_hash(0)
+def _is_entering(extent: Extent) -> bool:
+    """It comes from a folder, whole, and has not been shown yet."""
+    return extent.is_prepared and extent.is_readable
 
 
 def _proper_prefixes(siblings: list[Extent], tokens: bytes) -> Iterator[Extent]:

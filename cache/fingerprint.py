@@ -5,7 +5,7 @@ scaling, another dtype or another tenant can never be found by a lookup, even wh
 """
 
 import hashlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import msgpack
 
@@ -35,7 +35,7 @@ class Fingerprint:
     """Tokens per block."""
     adapter: str = ""
     """Digest of the adapter's weights, empty without one."""
-    tenant_salt: str = ""
+    tenant_salt: str = field(default="", repr=False)
     """Secret of the tenant, empty for the one default tenant."""
     layout_version: int = KV_LAYOUT_VERSION
 

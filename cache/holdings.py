@@ -55,13 +55,20 @@ class Holdings:
     def add_recovered(self, extents: list[Extent]) -> list[Extent]:
         """Enter and show what a folder held. Returns those that are left out: their blocks lie in another one."""
         left_out = self.tree.add_all(extents)
-        for extent in set(extents) - set(left_out):
+        gone = set(left_out)
+        tails: list[Extent] = []
+        for extent in extents:
+            if extent in gone:
+                continue
             extent.is_prepared = False
-            self._extents[extent.extent_id] = extent
-            self.num_blocks += extent.header.num_blocks
-        for extent in self.tree:
-            if extent.header.is_tail and self.tree.is_contained(extent):
-                self._supersede(extent)
+            header = extent.header
+            self._extents[header.extent_id] = extent
+            self.num_blocks += header.num_blocks
+            if header.is_tail:
+                tails.append(extent)
+        for tail in tails:
+            if self.tree.is_contained(tail):
+                self._supersede(tail)
         return left_out
 
     def show(self, extent: Extent) -> None:

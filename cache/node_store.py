@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from cache.collector import paused_collector
 from cache.disk_worker import DiskConfig, DiskWorker
 from cache.errors import ExtentCorrupt, StoreUnavailable
 from cache.events import DeviceBlocks, Event, EventBatch, EventLog, ReplicaGone, ReplicaLoad, Tier
@@ -66,7 +67,7 @@ class NodeStore:
         self._is_closed = False
         self._worker = DiskWorker(config.disk, self._ledger, self._changed, dram, disk, clock, self._expire)
         if disk is not None:
-            with self._changed:
+            with self._changed, paused_collector():
                 self._worker.apply(self._ledger.disk.recover(disk.recover()))
         self._num_recovered_blocks = self._ledger.held.num_blocks
         self._worker.start()

@@ -90,12 +90,14 @@ class WriteBehind:
         """
         room = self._occupancy
         extents = [Extent(header, header.image_bytes, on_disk=True) for header in headers]
-        left_out = set(self._held.add_recovered(extents))
+        left_out = self._held.add_recovered(extents)
+        num_bytes = 0
         policy = self._held.policies[Tier.DISK]
         for extent in extents:
-            if extent not in left_out:
-                room.used_bytes[Tier.DISK] += extent.image_bytes
+            if not extent.is_prepared:
+                num_bytes += extent.image_bytes
                 policy.add(extent.header.extent_id)
+        room.used_bytes[Tier.DISK] += num_bytes
         drops = [Drop(extent.extent_id, Tier.DISK) for extent in left_out]
         return drops + (room.make_room(Tier.DISK, 0) or [])
 

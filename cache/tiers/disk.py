@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from cache.collector import paused_collector
 from cache.errors import ExtentCorrupt, FolderError
 from cache.extent import ALIGNMENT, ExtentHeader, Image, SealedHeader, aligned_empty, front_bytes, parse_header
 from cache.tiers.files import Files
@@ -60,7 +61,7 @@ class FileTier:
     def _open(self) -> None:
         self._folder = Folder(self.directory, self._files, self._report, self._lock_wait_s)
         try:
-            with translated_errors(self.directory):
+            with translated_errors(self.directory), paused_collector():
                 self._db, self._recovered = self._open_index()
         except FolderError:
             self._folder.close()
@@ -104,8 +105,7 @@ class FileTier:
             if start:
                 self._report(f"checked {start} of {len(unknown)} extents")
             self._enter_unknown(db, unknown[start : start + _REPORT_EVERY])
-        for extent_id in states.keys() - {path.stem for path in files}:
-            db.remove_row(extent_id)
+        db.remove_rows(states.keys() - {path.stem for path in files})
 
     def _enter_unknown(self, db: IndexDb, paths: list[Path]) -> None:
         whole: list[ExtentHeader] = []

@@ -10,14 +10,14 @@ the index is closed.
 
 import os
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from cache.extent import ExtentHeader, KVShape, Origin
+from cache.extent import NOBODY, ExtentHeader, KVShape, Origin
 from cache.hashing import HASH_BYTES, TOKEN_BYTES, BlockHash
 
 _SCHEMA_VERSION = 2
@@ -112,31 +112,23 @@ class IndexDb:
 
     def prepare(self, header: ExtentHeader) -> None:
         """Announce a write."""
-        self._execute(_INSERT, (0, *_row(header)))
+        self._execute_many(_INSERT, [(0, *_row(header))])
 
     def complete(self, extent_ids: Iterable[str]) -> None:
         """Their files are durable. One transaction."""
-        try:
-            with self._db:
-                self._db.execute("BEGIN")
-                self._db.executemany(
-                    "UPDATE extents SET is_complete = 1 WHERE extent_id = ?", [(each,) for each in extent_ids]
-                )
-        except sqlite3.Error as error:
-            raise OSError(f"the warehouse's index can't be written: {error}") from error
+        self._execute_many("UPDATE extents SET is_complete = 1 WHERE extent_id = ?", [(each,) for each in extent_ids])
 
     def add_complete(self, headers: Iterable[ExtentHeader]) -> None:
         """Enter extents whose files are durable. One transaction."""
-        try:
-            with self._db:
-                self._db.execute("BEGIN")
-                self._db.executemany(_INSERT, ((1, *_row(header)) for header in headers))
-        except sqlite3.Error as error:
-            raise OSError(f"the warehouse's index can't be written: {error}") from error
+        self._execute_many(_INSERT, ((1, *_row(header)) for header in headers))
 
     def remove_row(self, extent_id: str) -> None:
         """Forget an extent."""
-        self._execute("DELETE FROM extents WHERE extent_id = ?", (extent_id,))
+        self.remove_rows([extent_id])
+
+    def remove_rows(self, extent_ids: Iterable[str]) -> None:
+        """Forget extents. One transaction."""
+        self._execute_many("DELETE FROM extents WHERE extent_id = ?", [(each,) for each in extent_ids])
 
     def forget_deleted(self) -> None:
         """Leave nothing of deleted rows in the log; in the database they are overwritten at once."""
@@ -173,20 +165,24 @@ class IndexDb:
         query = f"SELECT number, extent_id, {_HEADER_COLUMNS} FROM extents WHERE is_complete = 1 ORDER BY number"
         numbers: list[int] = []
         headers: list[ExtentHeader] = []
-        intern = _Interned()
+        # What many rows share is kept as one object each.
+        roots: dict[bytes, BlockHash] = {}
+        shapes: dict[str, KVShape] = {}
+        origins: dict[tuple[str, str], Origin] = {("", ""): NOBODY}
         try:
             for number, extent_id, root, parent, hashes, tokens, block_size, shape, first, *origin in self._db.execute(
                 query
             ):
+                tenant_and_session = (origin[0], origin[1])
                 header = ExtentHeader(
-                    intern.root(root),
+                    roots.setdefault(root, root),
                     parent,
                     hashes,
                     tokens,
                     block_size,
-                    intern.shape(shape),
+                    shapes.get(shape) or shapes.setdefault(shape, _parse_shape(shape)),
                     first,
-                    intern.origin(origin),
+                    origins.get(tenant_and_session) or origins.setdefault(tenant_and_session, Origin(*origin)),
                 )
                 if header.extent_id != extent_id:
                     raise IndexDamaged(f"the row of extent {extent_id} does not add up")
@@ -207,9 +203,11 @@ class IndexDb:
         finally:
             self._db.close()
 
-    def _execute(self, statement: str, row: tuple[object, ...]) -> None:
+    def _execute_many(self, statement: str, rows: Iterable[tuple[object, ...]]) -> None:
         try:
-            self._db.execute(statement, row)
+            with self._db:
+                self._db.execute("BEGIN")
+                self._db.executemany(statement, rows)
         except sqlite3.Error as error:
             raise OSError(f"the warehouse's index can't be written: {error}") from error
 
@@ -236,30 +234,9 @@ def _row(header: ExtentHeader) -> tuple[object, ...]:
     )
 
 
-class _Interned:
-    """The few values that many rows share, as one object each."""
-
-    def __init__(self) -> None:
-        self._roots: dict[bytes, BlockHash] = {}
-        self._shapes: dict[str, KVShape] = {}
-        self._origins: dict[tuple[str, ...], Origin] = {}
-
-    def root(self, root_hash: bytes) -> BlockHash:
-        return self._roots.setdefault(root_hash, BlockHash(root_hash))
-
-    def shape(self, text: str) -> KVShape:
-        found = self._shapes.get(text)
-        if found is None:
-            num_layers, num_kv_heads, head_dim, dtype = text.split(",")
-            found = self._shapes[text] = KVShape(int(num_layers), int(num_kv_heads), int(head_dim), dtype)
-        return found
-
-    def origin(self, columns: Sequence[str]) -> Origin:
-        names = tuple(columns)
-        found = self._origins.get(names)
-        if found is None:
-            found = self._origins[names] = Origin(*names)
-        return found
+def _parse_shape(text: str) -> KVShape:
+    num_layers, num_kv_heads, head_dim, dtype = text.split(",")
+    return KVShape(int(num_layers), int(num_kv_heads), int(head_dim), dtype)
 
 
 def _in_order(headers: list[ExtentHeader], numbers: list[int], saved: bytes) -> list[ExtentHeader]:

@@ -223,6 +223,8 @@ def test_of_extents_that_share_blocks_some_are_left_out_and_the_rest_hang_togeth
         assert set(left_out) <= set(extents), "what was there before stays"
         assert len(left_out) == len(set(left_out))
         entered += [extent for extent in extents if extent not in left_out]
+        for extent in entered:
+            extent.is_prepared = False
         assert set(tree) == set(entered)
         tree.check_integrity()
 
