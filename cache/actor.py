@@ -7,6 +7,8 @@ reopens its folder and announces itself under a new epoch; its dram tier is gone
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,11 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cache.client import WarehouseClient
+from cache.client import READ_TIMEOUT_S, WarehouseClient
 from cache.errors import FolderError, StoreUnavailable
 from cache.events import DeviceBlocks, EventBatch, ReplicaLoad, Tier
 from cache.extent import Image
-from cache.messages import LoadGrant, LoadQuery, StoreGrant, StoreOffer, StoreStats
+from cache.messages import LoadGrant, LoadQuery, PurgeQuery, PurgeReceipt, StoreGrant, StoreOffer, StoreStats
 from cache.node_store import NodeStore, NodeStoreConfig
 from cache.tiers.disk import FileTier
 from cache.tiers.folder import LOCK_WAIT_S
@@ -27,6 +29,9 @@ from cache.tiers.object_store import ObjectStoreTier, read_object
 NAMESPACE = "tokenloft"
 CALL_TIMEOUT_S = 15.0
 """Longer than any wait inside the node store; a call that takes more has lost its actor."""
+
+PURGE_TIMEOUT_S = 60.0
+"""A purge waits for the disk, and looks at every extent."""
 
 # Lookups must not wait behind stores that wait for room, nor either behind readers of events. What a
 # waiting store waits for must not queue behind it.
@@ -92,6 +97,10 @@ class NodeStoreActor:
         return self._opened.read_image(extent_id, tier)
 
     @ray.method(concurrency_group="read")
+    def report_hang(self, reason: str) -> None:
+        self._opened.report_hang(reason)
+
+    @ray.method(concurrency_group="read")
     def report_bad(self, extent_id: str, tier: Tier, reason: str) -> None:
         self._opened.report_bad(extent_id, tier, reason)
 
@@ -106,6 +115,10 @@ class NodeStoreActor:
     @ray.method(concurrency_group="commit")
     def abort_store(self, extent_ids: tuple[str, ...]) -> None:
         self._opened.abort_store(extent_ids)
+
+    @ray.method(concurrency_group="commit")
+    def purge(self, query: PurgeQuery) -> PurgeReceipt:
+        return self._opened.purge(query)
 
     @ray.method(concurrency_group="read")
     def report_engine(self, load: ReplicaLoad, blocks: DeviceBlocks | None) -> bool:
@@ -196,13 +209,24 @@ class RayStorePort:
         return f"<RayStorePort {self.node_id}>"
 
     def _call(self, method: str, *args: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+        reference = self._begin(method, *args)
+        with self._translated_errors():
+            return ray.get(reference, timeout=timeout_s)
+
+    def _begin(self, method: str, *args: Any) -> Any:
+        """Send a call; returns the reference to its result."""
         if time.monotonic() < self._retry_at:
             raise StoreUnavailable(f"node store {self.node_id} failed a moment ago")
-        try:
+        with self._translated_errors():
             handle = self._handle  # another thread's failure may set it to None at any time
             if handle is None:
                 handle = self._handle = ray.get_actor(actor_name(self.node_id), namespace=NAMESPACE)
-            return ray.get(getattr(handle, method).remote(*args), timeout=timeout_s)
+            return getattr(handle, method).remote(*args)
+
+    @contextmanager
+    def _translated_errors(self) -> Iterator[None]:
+        try:
+            yield
         except (ray.exceptions.RayError, FolderError, ValueError, TimeoutError) as error:
             self._handle = None
             self._retry_at = time.monotonic() + self._retry_s
@@ -218,9 +242,12 @@ class RayStorePort:
     def renew_lease(self, owner: str) -> None:
         self._call("renew_lease", owner)
 
-    def read_image(self, extent_id: str, tier: Tier) -> Image | None:
-        image: Image | None = self._call("read_image", extent_id, tier)
-        return image
+    def request_image(self, extent_id: str, tier: Tier) -> list[Any]:
+        """A reference to the image, in the form of a dram piece's source; the node store may still be reading it."""
+        return [self._begin("read_image", extent_id, tier)]
+
+    def report_hang(self, reason: str) -> None:
+        self._call("report_hang", reason)
 
     def report_bad(self, extent_id: str, tier: Tier, reason: str) -> None:
         self._call("report_bad", extent_id, tier, reason)
@@ -234,6 +261,10 @@ class RayStorePort:
 
     def abort_store(self, extent_ids: tuple[str, ...]) -> None:
         self._call("abort_store", extent_ids)
+
+    def purge(self, query: PurgeQuery) -> PurgeReceipt:
+        receipt: PurgeReceipt = self._call("purge", query, timeout_s=PURGE_TIMEOUT_S)
+        return receipt
 
     def report_engine(self, load: ReplicaLoad, blocks: DeviceBlocks | None) -> bool:
         return bool(self._call("report_engine", load, blocks))
@@ -250,9 +281,14 @@ class RayStorePort:
         return stats
 
 
-def connect(node_id: str, *, is_local: bool) -> WarehouseClient:
+def connect(node_id: str, *, is_local: bool, read_timeout_s: float = READ_TIMEOUT_S) -> WarehouseClient:
     """A client of the node store on `node_id`; `is_local` if this process runs on that node."""
-    return WarehouseClient(RayStorePort(node_id), fetch=_fetch, is_local=is_local)
+    return WarehouseClient(RayStorePort(node_id), _fetch, is_local, _prefetch, read_timeout_s)
+
+
+def _prefetch(source: list[Any]) -> None:
+    """Begin to bring an object to this node."""
+    ray.wait(source, timeout=0, fetch_local=True)
 
 
 def _fetch(source: list[Any]) -> Image:

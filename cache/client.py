@@ -5,18 +5,24 @@ tier hands out (an array, a Ray object); files of the same node are read by this
 into aligned memory. Every block is verified before it is passed on: fingerprint, token ids, checksum.
 """
 
-import os
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from cache.errors import ExtentCorrupt, StoreUnavailable
+from cache.errors import ExtentCorrupt, ReadTimedOut, StoreUnavailable
 from cache.events import DeviceBlocks, ReplicaLoad, Tier
-from cache.extent import ExtentHeader, Image, SealedHeader, aligned_empty, allocate_image, parse_header, seal
+from cache.extent import ExtentHeader, Image, SealedHeader, allocate_image, parse_header, seal
 from cache.hashing import TOKEN_BYTES, pack_tokens
 from cache.messages import LoadGrant, LoadPiece, LoadQuery, StoreGrant, StoreOffer
-from cache.tiers.disk import read_all, read_sealed_header
+from cache.read_ahead import Chunk, ReadAhead
+
+READ_TIMEOUT_S = 5.0
+NUM_IN_FLIGHT = 4
+"""Images of another node that are on their way while one is being verified."""
 
 
 class StorePort(Protocol):
@@ -28,8 +34,9 @@ class StorePort(Protocol):
     def prepare_load(self, query: LoadQuery) -> LoadGrant: ...
     def complete_load(self, owner: str) -> None: ...
     def renew_lease(self, owner: str) -> None: ...
-    def read_image(self, extent_id: str, tier: Tier) -> Image | None: ...
+    def request_image(self, extent_id: str, tier: Tier) -> Any: ...
     def report_bad(self, extent_id: str, tier: Tier, reason: str) -> None: ...
+    def report_hang(self, reason: str) -> None: ...
     def prepare_store(self, offer: StoreOffer) -> StoreGrant: ...
     def complete_store(self, extent_id: str, image: Image) -> bool: ...
     def abort_store(self, extent_ids: tuple[str, ...]) -> None: ...
@@ -71,8 +78,12 @@ class WarehouseClient:
     port: StorePort
     fetch: Callable[[Any], Image] = field(default=lambda source: source)
     is_local: bool = True
+    prefetch: Callable[[Any], None] = field(default=lambda source: None)
+    """Starts to bring a dram piece's source from another node."""
+    read_timeout_s: float = READ_TIMEOUT_S
+    """A disk that gives nothing for this long counts as a miss."""
     speeds: dict[Tier, TierSpeed] = field(default_factory=dict)
-    _buffer: Image = field(default_factory=lambda: aligned_empty(0))
+    _files_again_at: float = -math.inf
 
     # -- reading ------------------------------------------------------------------------------------
 
@@ -89,67 +100,91 @@ class WarehouseClient:
 
     def read(self, query: LoadQuery, grant: LoadGrant) -> Iterator[Block]:
         """The granted blocks in order. Stops early, without an error, at the first one that can't be had."""
-        for piece in grant.pieces:
-            try:
-                yield from self._read_piece(query, piece)
-            except (ExtentCorrupt, OSError) as error:
-                self._report_bad(piece, str(error))
-                return
-            except StoreUnavailable:
-                return
-
-    def _report_bad(self, piece: LoadPiece, reason: str) -> None:
+        files = [piece for piece in grant.pieces if self._is_file(piece)] if self._may_read_files() else []
+        ahead = ReadAhead(files, query.block_size, self.read_timeout_s)
+        images = self._images_ahead([piece for piece in grant.pieces if not self._is_file(piece)])
         try:
-            self.port.report_bad(piece.extent_id, piece.tier, reason)
+            for piece in grant.pieces:
+                if not self._is_file(piece):
+                    yield from self._read_image(query, piece, images)
+                elif files:
+                    yield from self._read_file(query, piece, ahead)
+                else:
+                    return
+        except (ExtentCorrupt, OSError) as error:
+            with suppress(StoreUnavailable):
+                self.port.report_bad(piece.extent_id, piece.tier, str(error))
+        except ReadTimedOut as hang:
+            self._files_again_at = time.monotonic() + self.read_timeout_s
+            with suppress(StoreUnavailable):
+                self.port.report_hang(str(hang))
         except StoreUnavailable:
             return
-
-    def _read_piece(self, query: LoadQuery, piece: LoadPiece) -> Iterator[Block]:
-        started = time.perf_counter()
-        image, offset, sealed = self._fetch_piece(query, piece)
-        num_bytes = 0
-        for at in range(-(-piece.num_tokens // query.block_size)):
-            index = piece.index_in_extent + at
-            begin, end = sealed.header.block_range(index)
-            payload = image[begin - offset : end - offset]
-            num_tokens = min(query.block_size, piece.num_tokens - at * query.block_size)
-            verify_block(sealed, index, payload, query, piece.first_block + at, num_tokens)
-            num_bytes += len(payload)
-            stored_tokens = len(sealed.header.block_tokens(index)) // TOKEN_BYTES
-            yield Block(piece.first_block + at, num_tokens, stored_tokens, payload, piece.tier)
-        speed = self.speeds.setdefault(piece.tier, TierSpeed())
-        speed.num_bytes += num_bytes
-        speed.seconds += time.perf_counter() - started
-
-    def _fetch_piece(self, query: LoadQuery, piece: LoadPiece) -> tuple[Image, int, SealedHeader]:
-        """Bytes that hold the piece's blocks, their offset in the image, and the image's header."""
-        if piece.tier is Tier.DISK and self.is_local:
-            return self._read_file(query, piece)
-        if piece.tier is Tier.DRAM:
-            image = self.fetch(piece.source)
-        else:
-            remote = self.port.read_image(piece.extent_id, piece.tier)
-            if remote is None:
-                raise ExtentCorrupt("the extent has gone")
-            image = remote
-        return image, 0, parse_header(image)
-
-    def _read_file(self, query: LoadQuery, piece: LoadPiece) -> tuple[Image, int, SealedHeader]:
-        fd = os.open(piece.source, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            sealed = read_sealed_header(fd)
-            last = piece.index_in_extent + -(-piece.num_tokens // query.block_size) - 1
-            if last >= sealed.header.num_blocks:
-                raise ExtentCorrupt("the extent has fewer blocks than its index says")
-            begin, _ = sealed.header.block_range(piece.index_in_extent)
-            _, end = sealed.header.block_range(last)
-            if len(self._buffer) < end - begin:
-                self._buffer = aligned_empty(end - begin)
-            target = self._buffer[: end - begin]
-            read_all(fd, target, begin)
-            return target, begin, sealed
         finally:
-            os.close(fd)
+            ahead.close()
+
+    def _is_file(self, piece: LoadPiece) -> bool:
+        return piece.tier is Tier.DISK and self.is_local
+
+    def _may_read_files(self) -> bool:
+        """Not for a moment after the disk did not answer: each try would cost the time limit again."""
+        return time.monotonic() >= self._files_again_at
+
+    def _read_file(self, query: LoadQuery, piece: LoadPiece, ahead: ReadAhead) -> Iterator[Block]:
+        started = time.perf_counter()
+        for chunk in ahead.chunks(piece):
+            yield from self._verified(query, piece, chunk)
+        self._note_speed(piece, chunk.sealed, started)
+
+    def _read_image(self, query: LoadQuery, piece: LoadPiece, images: Iterator[Image]) -> Iterator[Block]:
+        started = time.perf_counter()
+        image = next(images)
+        sealed = parse_header(image)
+        num_blocks = -(-piece.num_tokens // query.block_size)
+        yield from self._verified(query, piece, Chunk(sealed, piece.index_in_extent, num_blocks, 0, image, image))
+        self._note_speed(piece, sealed, started)
+
+    def _images_ahead(self, pieces: Sequence[LoadPiece]) -> Iterator[Image]:
+        """Images that are not read from files, those of another node a few requests ahead."""
+        num_ahead = 0 if self.is_local else NUM_IN_FLIGHT
+        waiting: deque[Any] = deque()
+        for at in range(len(pieces)):
+            waiting.extend(self._request(coming) for coming in pieces[at + len(waiting) : at + num_ahead + 1])
+            source = waiting.popleft()
+            if isinstance(source, StoreUnavailable):  # its turn has come: those before it could still be had
+                raise source
+            yield self.fetch(source)
+
+    def _request(self, piece: LoadPiece) -> Any:
+        """What `fetch` turns into the image, on its way already; or why it can't be had."""
+        if piece.tier is not Tier.DRAM:
+            try:
+                return self.port.request_image(piece.extent_id, piece.tier)
+            except StoreUnavailable as gone:
+                return gone
+        if not self.is_local:
+            self.prefetch(piece.source)
+        return piece.source
+
+    def _verified(self, query: LoadQuery, piece: LoadPiece, chunk: Chunk) -> Iterator[Block]:
+        header = chunk.sealed.header
+        for index in range(chunk.index_in_extent, chunk.index_in_extent + chunk.num_blocks):
+            at = index - piece.index_in_extent
+            begin, end = header.block_range(index)
+            payload = chunk.content[begin - chunk.offset : end - chunk.offset]
+            num_tokens = min(query.block_size, piece.num_tokens - at * query.block_size)
+            verify_block(chunk.sealed, index, payload, query, piece.first_block + at, num_tokens)
+            stored_tokens = len(header.block_tokens(index)) // TOKEN_BYTES
+            yield Block(piece.first_block + at, num_tokens, stored_tokens, payload, piece.tier)
+
+    def _note_speed(self, piece: LoadPiece, sealed: SealedHeader, started: float) -> None:
+        """Bandwidths are those of this node's own tiers."""
+        if self.is_local:
+            last = piece.index_in_extent - (-piece.num_tokens // sealed.header.block_size) - 1
+            begin, end = sealed.header.block_range(piece.index_in_extent)[0], sealed.header.block_range(last)[1]
+            speed = self.speeds.setdefault(piece.tier, TierSpeed())
+            speed.num_bytes += end - begin
+            speed.seconds += time.perf_counter() - started
 
     # -- storing ------------------------------------------------------------------------------------
 

@@ -66,6 +66,8 @@ class DiskWorker:
         self._expire = expire
         self._removals: deque[_Removal] = deque()
         self._retry_at = 0.0
+        self._probe_bytes = 0
+        """Room that a probe must find."""
         self._is_closing = False
         self._num_hurrying = 0
         self._busy_since: float | None = None
@@ -126,6 +128,11 @@ class DiskWorker:
             self.apply(drops, is_bad=True)
         logger.warning("quarantined extent %s in %s: %s", extent_id, tier.value, reason)
 
+    def suspend(self, reason: str) -> None:
+        """Go on without the disk until it has answered again."""
+        with self._changed:
+            self._degrade(reason)
+
     def is_busy_with(self, extent_ids: set[str]) -> bool:
         """Something is still to be done with files of these extents."""
         if any(removal.extent_id in extent_ids for removal in self._removals):
@@ -139,20 +146,21 @@ class DiskWorker:
             with self._changed:
                 self._busy_since = None
                 self._expire()
-                if self.degraded and self._clock() >= self._retry_at:
-                    self._ledger.room.disk_accepts_writes = self._disk is not None
+                needs_probe = self.degraded is not None and self._clock() >= self._retry_at and not self._is_closing
                 header, drops = self._ledger.disk.next_write()
                 self.apply(drops)
                 removals = self._take_removals()
                 promotion = next(iter(self.promotions), None)
                 must_commit = self._must_commit(is_idle=header is None)
-                if header is None and promotion is None and not removals and not must_commit:
+                if header is None and promotion is None and not (removals or must_commit or needs_probe):
                     if self._is_closing:
                         return
                     self._changed.notify_all()  # a flush may wait for writes that have been given up
                     self._changed.wait(self._idle_s())
                     continue
                 self._busy_since = self._clock()
+            if needs_probe:
+                self._probe()
             # First of all: a full disk gets room by them, and an id must go before it may come again.
             for removal in removals:
                 self._remove_file(removal)
@@ -202,8 +210,7 @@ class DiskWorker:
         assert self._disk is not None
         extent_id = header.extent_id
         try:
-            if self._disk.free_bytes() < self._config.min_free_bytes + header.image_bytes:
-                raise _LowSpace(f"less than {self._config.min_free_bytes >> 20} MiB free on the file system")
+            self._check_space(header.image_bytes)
             self._disk.write(header, self._dram.get(extent_id))
         except KeyError:
             self._give_up(extent_id)  # found bad and dropped meanwhile
@@ -211,7 +218,9 @@ class DiskWorker:
             self.quarantine(extent_id, Tier.DRAM, str(lost))
             self._give_up(extent_id)
         except _LowSpace as low:
-            self._give_up(extent_id)
+            self._probe_bytes = header.image_bytes
+            with self._changed:
+                self._ledger.disk.write_failed([extent_id], retry=True)
             self._commit()  # what was written before: later, its success would look like the end of the trouble
             with self._changed:
                 self._degrade(str(low))
@@ -235,11 +244,7 @@ class DiskWorker:
         with self._changed:
             for extent_id in committed:
                 self.apply(self._ledger.disk.written(extent_id))
-            if self.degraded:
-                logger.warning("the warehouse's disk works again")
-            self.degraded = None
-            self._ledger.room.disk_accepts_writes = True
-            self._changed.notify_all()
+            self._works_again()
 
     def _write_failed(self, error: OSError) -> None:
         """Nothing that is not committed can be relied on: all of it is to be written again."""
@@ -289,15 +294,43 @@ class DiskWorker:
 
     def _failed(self, error: OSError) -> None:
         with self._changed:
-            self._retry_at = self._clock() + self._config.retry_s
             self._degrade(str(error))
 
     def _degrade(self, reason: str) -> None:
-        """Go on without the disk; under the lock."""
+        """Go on without the disk until a probe succeeds; under the lock."""
+        self._retry_at = self._clock() + self._config.retry_s
         if self.degraded is None:
             logger.warning("the warehouse's disk tier is degraded: %s; serving goes on without it", reason)
         self.degraded = reason
         self._ledger.room.disk_accepts_writes = False
+
+    def _probe(self) -> None:
+        """Ask the disk whether it works again."""
+        assert self._disk is not None
+        self._check_folder()
+        try:
+            self._disk.probe()
+            self._check_space(self._probe_bytes)
+        except (OSError, _LowSpace) as error:
+            with self._changed:
+                self._degrade(str(error))
+        else:
+            with self._changed:
+                self._works_again()
+
+    def _works_again(self) -> None:
+        """Under the lock."""
+        if self.degraded:
+            logger.warning("the warehouse's disk works again")
+        self.degraded = None
+        self._probe_bytes = 0
+        self._ledger.room.disk_accepts_writes = True
+        self._changed.notify_all()
+
+    def _check_space(self, num_bytes: int) -> None:
+        assert self._disk is not None
+        if self._disk.free_bytes() < self._config.min_free_bytes + num_bytes:
+            raise _LowSpace(f"less than {self._config.min_free_bytes >> 20} MiB free on the file system")
 
     def _check_folder(self) -> None:
         """A folder that was taken away or replaced is owned anew, with what is in it now."""

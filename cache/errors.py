@@ -4,6 +4,7 @@
     ├── FolderError        the warehouse can't open: fix the folder, then start again
     │   └── FolderInUse    another node store owns it
     ├── ExtentCorrupt      these bytes are not the block that was asked for: recompute it
+    ├── ReadTimedOut       the disk does not answer: go on without it
     └── StoreUnavailable   the node store does not answer: go on without it
 
 A miss, a refused store and a full tier are values, not errors.
@@ -24,6 +25,10 @@ class FolderInUse(FolderError):
 
 class ExtentCorrupt(CacheError):
     """An extent's bytes are not what its header or the reader's request promises."""
+
+
+class ReadTimedOut(CacheError):
+    """The disk does not answer."""
 
 
 class StoreUnavailable(CacheError):

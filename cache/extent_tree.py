@@ -130,12 +130,14 @@ class ExtentTree:
         before: list[Run] = []
         found: list[Run] = []
         for run in self.runs(block_hashes, readable_from=first):
-            num_before = min(max(first - run.first_block, 0), run.end(block_size) - run.first_block)
-            if num_before:
-                before.append(run._replace(num_tokens=num_before * block_size))
+            if run.first_block >= first:
+                found.append(run)
+                continue
+            num_before = min(first - run.first_block, run.num_tokens // block_size)
+            before.append(Run(run.extent, 0, run.first_block, num_before * block_size))
             left = run.num_tokens - num_before * block_size
             if left:
-                found.append(Run(run.extent, num_before, run.first_block + num_before, left))
+                found.append(Run(run.extent, num_before, first, left))
         at = found[-1].end(block_size) if found else first
         parent_hash = block_hashes[at - 1] if at else root_hash
         rest = pack_tokens(token_ids[at * block_size : (at + 1) * block_size])

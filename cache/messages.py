@@ -1,6 +1,7 @@
 """What readers and writers say to a node store, and what it answers: plain frozen values."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 from cache.events import Tier
@@ -119,10 +120,14 @@ class PurgeQuery:
             raise ValueError("a purge needs a tenant, a session or a fingerprint")
 
     def means(self, header: ExtentHeader) -> bool:
+        return self.means_all_of(header.root_hash, header.origin)
+
+    def means_all_of(self, root_hash: BlockHash, origin: Origin) -> bool:
+        """Whether KV of this fingerprint and this origin is meant."""
         return (
-            self.tenant in (None, header.origin.tenant)
-            and self.session in (None, header.origin.session)
-            and self.root_hash in (None, header.root_hash)
+            self.tenant in (None, origin.tenant)
+            and self.session in (None, origin.session)
+            and self.root_hash in (None, root_hash)
         )
 
 
@@ -140,3 +145,8 @@ class PurgeReceipt:
     """Blocks of the session that are also the history of another one, and stay for it."""
     num_left: int = 0
     """Extents that a lookup still found afterwards; anything but 0 means that the disk refused to delete."""
+
+    @classmethod
+    def sum_of(cls, receipts: Sequence["PurgeReceipt"]) -> "PurgeReceipt":
+        """One receipt for several node stores."""
+        return cls(**{each.name: sum(getattr(receipt, each.name) for receipt in receipts) for each in fields(cls)})

@@ -129,6 +129,17 @@ class NodeStore:
         except (KeyError, OSError, ExtentCorrupt, StoreUnavailable):
             return None
 
+    def request_image(self, extent_id: str, tier: Tier) -> Image:
+        """`read_image` for clients of this object. Raises StoreUnavailable if the image has gone."""
+        image = self.read_image(extent_id, tier)
+        if image is None:
+            raise StoreUnavailable(f"extent {extent_id} has gone from {tier.value}")
+        return image
+
+    def report_hang(self, reason: str) -> None:
+        """A reader's disk did not answer: write nothing to it until it does."""
+        self._worker.suspend(reason)
+
     def report_bad(self, extent_id: str, tier: Tier, reason: str) -> None:
         """A reader found an image corrupt or missing: quarantine it, so that it is a miss from now on."""
         self._worker.quarantine(extent_id, tier, reason)

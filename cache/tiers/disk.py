@@ -207,6 +207,13 @@ class FileTier:
         for old in sorted(aside.iterdir(), key=lambda p: p.stat().st_mtime)[:-MAX_QUARANTINED]:
             self._files.unlink(old)
 
+    def probe(self) -> None:
+        temporary = self._folder.temporary("probe")
+        self._files.unlink(temporary)
+        self._files.write(temporary, bytes(ALIGNMENT))
+        self._files.sync(temporary)
+        self._files.unlink(temporary)
+
     def holds(self, extent_id: str) -> bool:
         return Path(self.path(extent_id)).exists()
 

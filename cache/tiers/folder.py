@@ -37,6 +37,7 @@ class Folder:
     ) -> None:
         """Raises FolderError if the folder can't be used, FolderInUse if another process owns it."""
         self.directory = directory
+        self._extents = str(directory / "extents")
         self._files = files
         self._report = report
         with translated_errors(directory):
@@ -59,7 +60,7 @@ class Folder:
 
     def extent(self, extent_id: str) -> str:
         """Where an extent's file is, or would be."""
-        return f"{self.directory}/extents/{extent_id[:2]}/{extent_id[2:4]}/{extent_id}.kv"
+        return f"{self._extents}/{extent_id[:2]}/{extent_id[2:4]}/{extent_id}.kv"
 
     def temporary(self, name: str) -> Path:
         """A place for a file that is being written."""

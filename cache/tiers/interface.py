@@ -63,6 +63,9 @@ class DiskTier(Protocol):
     def reopen(self) -> None:
         """Own the folder anew, as it is now; what `recover` gives then is all there is. Raises FolderError."""
 
+    def probe(self) -> None:
+        """Write and remove a page, to see whether the disk works."""
+
     def holds(self, extent_id: str) -> bool:
         """There is a file of this extent, whatever the index says."""
 

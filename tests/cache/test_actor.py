@@ -21,7 +21,8 @@ from cache.actor import (
 from cache.client import WarehouseClient
 from cache.errors import FolderError, FolderInUse, StoreUnavailable
 from cache.events import Tier
-from cache.messages import LoadGrant
+from cache.extent import Origin
+from cache.messages import LoadGrant, PurgeQuery, PurgeReceipt
 from cache.tiers.disk import FileTier
 from tests.cache.chains import budgets, fill, offer, query, read_and_check, store_config
 from tests.contracts.warehouse import TOKENS, WarehouseContract
@@ -60,6 +61,16 @@ def test_the_folder_names_the_node(local_ray: str, actor: Any, tmp_path: Path) -
     assert ray.get(actor.stats.remote()).directory == str(tmp_path / local_ray)
     assert start_node_store(local_ray, options(None)) == actor, "a running one is found"
     assert find_node_store(local_ray) == actor
+
+
+def test_a_purge_reaches_the_store(local_ray: str, actor: Any) -> None:
+    client = connect(local_ray, is_local=True)
+    assert client.store(offer(TOKENS, origin=Origin("acme", "anna")), fill)
+    port = RayStorePort(local_ray)
+    assert port.purge(PurgeQuery("acme", "bert")) == PurgeReceipt()
+    receipt = port.purge(PurgeQuery("acme", "anna"))
+    assert (receipt.num_tokens, receipt.num_left) == (len(TOKENS), 0)
+    assert client.lookup(query(TOKENS)).pieces == ()
 
 
 def test_a_killed_actor_comes_back_with_what_was_on_disk(local_ray: str, actor: Any) -> None:
@@ -134,9 +145,10 @@ def test_a_reader_on_another_node_gets_files_through_the_store(local_ray: str, a
     client = connect(local_ray, is_local=False)
     read = read_and_check(client, query(TOKENS))
     assert (read.tokens, set(read.tiers)) == (len(TOKENS), {Tier.DISK})
-    assert client.port.read_image("not there", Tier.DISK) is None
-    image = client.port.read_image(client.lookup(query(TOKENS)).pieces[0].extent_id, Tier.DISK)
-    assert isinstance(image, np.ndarray)
+    with pytest.raises(StoreUnavailable):
+        client.fetch(client.port.request_image("not there", Tier.DISK))
+    extent_id = client.lookup(query(TOKENS)).pieces[0].extent_id
+    assert isinstance(client.fetch(client.port.request_image(extent_id, Tier.DISK)), np.ndarray)
 
 
 def is_back(node_id: str) -> bool:

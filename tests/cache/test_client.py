@@ -1,5 +1,6 @@
 """The client believes nothing it has not verified, and leaks nothing when something fails."""
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from tests.cache.chains import (
     sealed_image,
     store_config,
 )
+from tests.cache.stores import wait_until
 
 TOKENS = list(range(100, 112))
 
@@ -222,9 +224,9 @@ class FlakyPort(NodeStore):
         self._check("complete_load")
         super().complete_load(owner)
 
-    def read_image(self, extent_id: str, tier: Tier) -> Image | None:
-        self._check("read_image")
-        return super().read_image(extent_id, tier)
+    def request_image(self, extent_id: str, tier: Tier) -> Image:
+        self._check("request_image")
+        return super().request_image(extent_id, tier)
 
     def report_bad(self, extent_id: str, tier: Tier, reason: str) -> None:
         self._check("report_bad")
@@ -278,7 +280,7 @@ def test_a_store_that_dies_during_a_read_ends_it(flaky: FlakyPort) -> None:
         flaky.report_bad(extent_id, Tier.DRAM, "to make it come from disk")
     grant = client.lookup(query(TOKENS))
     assert [piece.tier for piece in grant.pieces] == [Tier.DRAM, Tier.DISK, Tier.DISK]
-    flaky.gone = frozenset({"read_image", "complete_load"})
+    flaky.gone = frozenset({"request_image", "complete_load"})
     assert [block.index for block in client.read(query(TOKENS), grant)] == [0]
     client.release("reader")
     flaky.gone = frozenset({"prepare_load"})
@@ -306,3 +308,31 @@ def test_an_extent_that_has_gone_from_another_node_is_a_miss(flaky: FlakyPort) -
     piece = grant.pieces[0]._replace(tier=Tier.DISK, extent_id="gone")
     client = WarehouseClient(flaky, is_local=False)
     assert list(client.read(query(TOKENS[:4]), replace(grant, pieces=(piece,)))) == []
+
+
+# -- a disk that hangs ------------------------------------------------------------------------------
+
+
+def test_a_file_that_never_answers_is_a_miss_and_the_disk_is_left_alone_for_a_while(tmp_path: Path) -> None:
+    store = NodeStore(store_config(retry_s=0.1), MemoryTier(), FileTier(tmp_path / "w"))
+    with store:
+        client = WarehouseClient(store, read_timeout_s=0.3)
+        client.store(offer(TOKENS), fill)
+        assert store.flush()
+        for piece in client.lookup(query(TOKENS)).pieces:
+            store.report_bad(piece.extent_id, Tier.DRAM, "to make it come from disk")
+        client.release("reader")
+        grant = client.lookup(query(TOKENS))
+        assert {piece.tier for piece in grant.pieces} == {Tier.DISK}
+        second = Path(grant.pieces[1].source)
+        content = second.read_bytes()
+        second.unlink()
+        os.mkfifo(second)  # opening it waits until somebody writes
+        assert [block.index for block in client.read(query(TOKENS), grant)] == [0]
+        assert store.stats().state.startswith("degraded: the disk has not answered for 0.3 s")
+        assert list(client.read(query(TOKENS), grant)) == [], "without waiting again"
+        os.close(os.open(second, os.O_WRONLY))  # lets the thread that waits go on
+        second.unlink()
+        second.write_bytes(content)
+        wait_until(lambda: store.stats().state == "ok")
+        wait_until(lambda: read_and_check(client, query(TOKENS)).tokens == len(TOKENS))
