@@ -11,14 +11,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any, Protocol
 
 from cache.errors import ExtentCorrupt, ReadTimedOut, StoreUnavailable
 from cache.events import DeviceBlocks, ReplicaLoad, Tier
-from cache.extent import ExtentHeader, Image, SealedHeader, allocate_image, parse_header, seal
-from cache.hashing import TOKEN_BYTES, pack_tokens
+from cache.extent import ExtentHeader, Image, allocate_image, seal
 from cache.messages import LoadGrant, LoadPiece, LoadQuery, StoreGrant, StoreOffer
-from cache.read_ahead import Chunk, ReadAhead
+from cache.read_ahead import Block, ReadAhead
 
 READ_TIMEOUT_S = 5.0
 NUM_IN_FLIGHT = 4
@@ -42,21 +42,6 @@ class StorePort(Protocol):
     def abort_store(self, extent_ids: tuple[str, ...]) -> None: ...
     def report_engine(self, load: ReplicaLoad, blocks: DeviceBlocks | None) -> bool: ...
     def forget_engine(self, replica_id: str) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """One verified block, ready to be copied into the pool."""
-
-    index: int
-    """Position in the prompt, in blocks."""
-    num_tokens: int
-    """Tokens of the prompt that it covers, from its start."""
-    stored_tokens: int
-    """Tokens in `payload`, at least `num_tokens`."""
-    payload: Image
-    """`(num_layers, 2, stored_tokens, num_kv_heads, head_dim)` as bytes; valid until the next block is asked for."""
-    tier: Tier
 
 
 @dataclass(slots=True)
@@ -100,17 +85,16 @@ class WarehouseClient:
 
     def read(self, query: LoadQuery, grant: LoadGrant) -> Iterator[Block]:
         """The granted blocks in order. Stops early, without an error, at the first one that can't be had."""
-        files = [piece for piece in grant.pieces if self._is_file(piece)] if self._may_read_files() else []
-        ahead = ReadAhead(files, query.block_size, self.read_timeout_s)
-        images = self._images_ahead([piece for piece in grant.pieces if not self._is_file(piece)])
+        pieces = self._worth_trying(grant.pieces)
+        images = self._images_ahead([piece for piece in pieces if not self._is_file(piece)])
+        ahead = ReadAhead(query, pieces, images, self._is_file, self.read_timeout_s)
         try:
-            for piece in grant.pieces:
-                if not self._is_file(piece):
-                    yield from self._read_image(query, piece, images)
-                elif files:
-                    yield from self._read_file(query, piece, ahead)
-                else:
-                    return
+            for piece in pieces:
+                started = time.perf_counter()
+                for chunk in ahead.chunks(piece):
+                    yield from chunk.blocks
+                    self._note_speed(piece.tier, chunk.num_bytes, time.perf_counter() - started)
+                    started = time.perf_counter()
         except (ExtentCorrupt, OSError) as error:
             with suppress(StoreUnavailable):
                 self.port.report_bad(piece.extent_id, piece.tier, str(error))
@@ -126,23 +110,11 @@ class WarehouseClient:
     def _is_file(self, piece: LoadPiece) -> bool:
         return piece.tier is Tier.DISK and self.is_local
 
-    def _may_read_files(self) -> bool:
-        """Not for a moment after the disk did not answer: each try would cost the time limit again."""
-        return time.monotonic() >= self._files_again_at
-
-    def _read_file(self, query: LoadQuery, piece: LoadPiece, ahead: ReadAhead) -> Iterator[Block]:
-        started = time.perf_counter()
-        for chunk in ahead.chunks(piece):
-            yield from self._verified(query, piece, chunk)
-        self._note_speed(piece, chunk.sealed, started)
-
-    def _read_image(self, query: LoadQuery, piece: LoadPiece, images: Iterator[Image]) -> Iterator[Block]:
-        started = time.perf_counter()
-        image = next(images)
-        sealed = parse_header(image)
-        num_blocks = -(-piece.num_tokens // query.block_size)
-        yield from self._verified(query, piece, Chunk(sealed, piece.index_in_extent, num_blocks, 0, image, image))
-        self._note_speed(piece, sealed, started)
+    def _worth_trying(self, pieces: Sequence[LoadPiece]) -> Sequence[LoadPiece]:
+        """No files for a moment after the disk did not answer: each try would cost the time limit again."""
+        if time.monotonic() >= self._files_again_at:
+            return pieces
+        return list(takewhile(lambda piece: not self._is_file(piece), pieces))
 
     def _images_ahead(self, pieces: Sequence[LoadPiece]) -> Iterator[Image]:
         """Images that are not read from files, those of another node a few requests ahead."""
@@ -166,25 +138,12 @@ class WarehouseClient:
             self.prefetch(piece.source)
         return piece.source
 
-    def _verified(self, query: LoadQuery, piece: LoadPiece, chunk: Chunk) -> Iterator[Block]:
-        header = chunk.sealed.header
-        for index in range(chunk.index_in_extent, chunk.index_in_extent + chunk.num_blocks):
-            at = index - piece.index_in_extent
-            begin, end = header.block_range(index)
-            payload = chunk.content[begin - chunk.offset : end - chunk.offset]
-            num_tokens = min(query.block_size, piece.num_tokens - at * query.block_size)
-            verify_block(chunk.sealed, index, payload, query, piece.first_block + at, num_tokens)
-            stored_tokens = len(header.block_tokens(index)) // TOKEN_BYTES
-            yield Block(piece.first_block + at, num_tokens, stored_tokens, payload, piece.tier)
-
-    def _note_speed(self, piece: LoadPiece, sealed: SealedHeader, started: float) -> None:
-        """Bandwidths are those of this node's own tiers."""
+    def _note_speed(self, tier: Tier, num_bytes: int, seconds: float) -> None:
+        """Bandwidths are those of this node's own tiers, with the copy of whoever reads."""
         if self.is_local:
-            last = piece.index_in_extent - (-piece.num_tokens // sealed.header.block_size) - 1
-            begin, end = sealed.header.block_range(piece.index_in_extent)[0], sealed.header.block_range(last)[1]
-            speed = self.speeds.setdefault(piece.tier, TierSpeed())
-            speed.num_bytes += end - begin
-            speed.seconds += time.perf_counter() - started
+            speed = self.speeds.setdefault(tier, TierSpeed())
+            speed.num_bytes += num_bytes
+            speed.seconds += seconds
 
     # -- storing ------------------------------------------------------------------------------------
 
@@ -225,23 +184,3 @@ class WarehouseClient:
             self.port.abort_store(extent_ids)
         except StoreUnavailable:
             return  # the reservations lapse by themselves
-
-
-def verify_block(
-    sealed: SealedHeader, index: int, payload: Image, query: LoadQuery, block_index: int, num_tokens: int
-) -> None:
-    """Raise ExtentCorrupt unless this is the block that the prompt continues with, to the bit."""
-    header = sealed.header
-    if header.root_hash != query.root_hash:
-        raise ExtentCorrupt("the extent belongs to another fingerprint")
-    if header.block_size != query.block_size or index >= header.num_blocks:
-        raise ExtentCorrupt("the extent has other blocks than its index says")
-    parent = header.block_hash(index - 1) if index else header.parent_hash
-    expected = query.block_hashes[block_index - 1] if block_index else query.root_hash
-    if parent != expected:
-        raise ExtentCorrupt("the block follows another history")
-    start = block_index * query.block_size
-    wanted = pack_tokens(query.token_ids[start : start + num_tokens])
-    if not header.block_tokens(index).startswith(wanted):
-        raise ExtentCorrupt("the block holds other tokens")
-    sealed.verify_block(index, payload)

@@ -3,6 +3,7 @@
     CacheError
     ├── FolderError        the warehouse can't open: fix the folder, then start again
     │   └── FolderInUse    another node store owns it
+    ├── ArchiveError       an archive of extents can't be written or read
     ├── ExtentCorrupt      these bytes are not the block that was asked for: recompute it
     ├── ReadTimedOut       the disk does not answer: go on without it
     └── StoreUnavailable   the node store does not answer: go on without it
@@ -21,6 +22,10 @@ class FolderError(CacheError):
 
 class FolderInUse(FolderError):
     """Another process owns the folder."""
+
+
+class ArchiveError(CacheError):
+    """An archive of extents can't be written or read; the message names it and the cause."""
 
 
 class ExtentCorrupt(CacheError):

@@ -321,7 +321,7 @@ def _unpack_prefix(view: memoryview) -> tuple[int, int]:
 def _unpack(packed: bytes) -> SealedHeader:
     try:
         raw = msgpack.unpackb(packed)
-        num_layers, num_kv_heads, head_dim = raw["shape"]
+        num_layers, num_kv_heads, head_dim = map(int, raw["shape"])
         shape = KVShape(num_layers, num_kv_heads, head_dim, raw["dtype"])
         chain = BlockHash(raw["root"]), BlockHash(raw["parent"]), bytes(raw["hashes"]), bytes(raw["tokens"])
         place = int(raw["first_block"]), Origin(*raw["origin"])
@@ -329,19 +329,21 @@ def _unpack(packed: bytes) -> SealedHeader:
         checksums = tuple(int(c) for c in np.frombuffer(raw["checksums"], _CHECKSUM))
     except (ValueError, KeyError, TypeError) as error:
         raise ExtentCorrupt(f"the header can't be read: {error}") from error
-    if not _is_consistent(header) or len(checksums) != header.num_blocks:
+    if not is_consistent(header) or len(checksums) != header.num_blocks:
         raise ExtentCorrupt("the header contradicts itself")
     return SealedHeader(header, checksums)
 
 
-def _is_consistent(header: ExtentHeader) -> bool:
-    """At least one block, all full or one that is not, and hashes of the right length."""
+def is_consistent(header: ExtentHeader) -> bool:
+    """At least one block, all full or one that is not, of some bytes each, and hashes of the right length."""
     num_full_tokens = header.num_blocks * header.block_size
     is_whole = header.num_tokens == num_full_tokens or (header.num_blocks == 1 and header.is_tail)
     is_hash = len(header.root_hash) == len(header.parent_hash) == HASH_BYTES
     is_packed = not len(header.packed_hashes) % HASH_BYTES and not len(header.packed_tokens) % TOKEN_BYTES
     is_placed = header.first_block >= 0 and all(isinstance(each, str) for each in header.origin)
-    return is_hash and is_packed and is_placed and is_whole and header.num_tokens > 0 and header.block_size > 0
+    shape = header.shape
+    has_bytes = min(header.num_tokens, header.block_size, shape.num_layers, shape.num_kv_heads, shape.head_dim) > 0
+    return has_bytes and is_hash and is_packed and is_placed and is_whole
 
 
 def chain_header(

@@ -102,6 +102,8 @@ class StoreStats:
     handoff_budget_bytes: int
     dirty_bytes: int
     num_recovered_blocks: int
+    num_extents_to_scrub: int = 0
+    """Left of the present round."""
     counters: dict[str, int] = field(default_factory=dict)
 
 

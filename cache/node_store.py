@@ -24,6 +24,7 @@ from cache.hashing import BlockHash, iter_hashes
 from cache.ledger import Ledger
 from cache.messages import LoadGrant, LoadPiece, LoadQuery, PurgeQuery, PurgeReceipt, StoreGrant, StoreOffer, StoreStats
 from cache.occupancy import Budgets
+from cache.scrubber import Scrubber
 from cache.tiers.interface import DiskTier, DramTier
 
 logger = logging.getLogger("tokenloft.warehouse")
@@ -40,6 +41,8 @@ class NodeStoreConfig:
     """How long an offer waits for another writer of the same blocks, or for room, before it is refused."""
     replica_ttl_s: float = 30.0
     """An engine that has not reported for this long is gone."""
+    scrub_bytes_per_s: float = 0.0
+    """What is on disk is read again in the background at this rate, once a day; 0: it is not."""
 
 
 class NodeStore:
@@ -71,6 +74,11 @@ class NodeStore:
                 self._worker.apply(self._ledger.disk.recover(disk.recover()))
         self._num_recovered_blocks = self._ledger.held.num_blocks
         self._worker.start()
+        self._scrubber: Scrubber | None = None
+        if disk is not None and config.scrub_bytes_per_s:
+            rate = config.scrub_bytes_per_s
+            self._scrubber = Scrubber(rate, self._ledger, self._changed, disk, self._worker, clock)
+            self._scrubber.start()
 
     def __repr__(self) -> str:
         return f"<NodeStore {self._events.node_id} {self._ledger!r} disk={self._disk!r}>"
@@ -279,6 +287,7 @@ class NodeStore:
                 handoff_budget_bytes=budgets.handoff_bytes,
                 dirty_bytes=room.dirty_bytes,
                 num_recovered_blocks=self._num_recovered_blocks,
+                num_extents_to_scrub=self._scrubber.num_left if self._scrubber is not None else 0,
                 counters=dict(ledger.counters),
             )
 
@@ -307,6 +316,8 @@ class NodeStore:
                 return
             self._is_closed = True
             self._changed.notify_all()
+        if self._scrubber is not None:
+            self._scrubber.close(self._config.disk.write_timeout_s)
         if not self._worker.close(self._config.disk.write_timeout_s):
             logger.warning("the warehouse's disk hangs: its folder is left as it is")
             return

@@ -1,21 +1,24 @@
-"""Reads extent files in order on a thread of its own, a few buffers ahead of whoever verifies and copies.
+"""Brings granted blocks and verifies them, on a thread of its own, a few buffers ahead of whoever copies them.
 
-    thread      open, header, blocks -> buffer   open, header, blocks -> buffer ...
-    reader                           verify, copy                     verify, copy ...
+    thread      open, read, verify   open, read, verify   open, read, verify
+    reader                           copy                 copy                 copy
 
-So a load from the page cache costs the slower of the two and not their sum, and a disk that hangs costs a time
-limit: the thread is left behind with its buffers, and touches nothing that belongs to anybody else.
+So a load costs the slower of the two and not their sum, and a disk that hangs costs a time limit: the thread is left
+behind with its buffers, and touches nothing that belongs to anybody else. Every block is verified before it is passed
+on: fingerprint, token ids, checksum.
 """
 
 import os
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from cache.errors import ExtentCorrupt, ReadTimedOut
-from cache.extent import Image, SealedHeader, aligned_empty
-from cache.messages import LoadPiece
+from cache.events import Tier
+from cache.extent import Image, SealedHeader, aligned_empty, parse_header
+from cache.hashing import TOKEN_BYTES, pack_tokens
+from cache.messages import LoadPiece, LoadQuery
 from cache.tiers.disk import read_all, read_sealed_header
 
 NUM_BUFFERS = 3
@@ -24,27 +27,51 @@ CHUNK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
-    """Consecutive blocks of an extent."""
+class Block:
+    """One verified block, ready to be copied into the pool."""
 
-    sealed: SealedHeader
-    index_in_extent: int
-    num_blocks: int
-    offset: int
-    """Where `content` begins in the image."""
-    content: Image
-    """A part of `buffer`."""
+    index: int
+    """Position in the prompt, in blocks."""
+    num_tokens: int
+    """Tokens of the prompt that it covers, from its start."""
+    stored_tokens: int
+    """Tokens in `payload`, at least `num_tokens`."""
+    payload: Image
+    """`(num_layers, 2, stored_tokens, num_kv_heads, head_dim)` as bytes; valid until the next block is asked for."""
+    tier: Tier
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Verified blocks of one extent."""
+
+    blocks: tuple[Block, ...]
     buffer: Image
+    """Holds what was read from a file."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(len(block.payload) for block in self.blocks)
 
 
 class ReadAhead:
-    """One pass over pieces of files of one block size. Read all of it, or close it; not to be shared."""
+    """One pass over the pieces of one grant. To be closed, and not to be shared."""
 
-    def __init__(self, pieces: Sequence[LoadPiece], block_size: int, timeout_s: float) -> None:
-        self._block_size = block_size
+    def __init__(
+        self,
+        query: LoadQuery,
+        pieces: Sequence[LoadPiece],
+        images: Iterator[Image],
+        is_file: Callable[[LoadPiece], bool],
+        timeout_s: float,
+    ) -> None:
+        """`images` gives, in order, the images of those pieces that are no files; it is walked by the thread."""
+        self._query = query
+        self._images = images
+        self._is_file = is_file
         self._timeout_s = timeout_s
         self._free: queue.SimpleQueue[Image | None] = queue.SimpleQueue()
-        self._ready: queue.SimpleQueue[Chunk | OSError | ExtentCorrupt] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[Chunk | Exception] = queue.SimpleQueue()
         for _ in range(NUM_BUFFERS):
             self._free.put(aligned_empty(0))
         if pieces:
@@ -58,19 +85,20 @@ class ReadAhead:
         self._free.put(None)
 
     def chunks(self, piece: LoadPiece) -> Iterator[Chunk]:
-        """The next piece in order. A chunk's content is valid until the next one is asked for.
+        """The blocks of the next piece in order. A chunk's content is valid until the next one is asked for.
 
-        Raises ReadTimedOut if the disk does not answer, OSError or ExtentCorrupt for a file that can't be read.
+        Raises ReadTimedOut if the disk does not answer, OSError or ExtentCorrupt for what can't be read,
+        StoreUnavailable for an image that has gone.
         """
-        left = -(-piece.num_tokens // self._block_size)
+        left = _num_blocks(piece, self._query)
         while left > 0:
             try:
-                chunk = self._ready.get(timeout=self._timeout_s)
+                chunk = self._ready.get(timeout=self._timeout_s if self._is_file(piece) else None)
             except queue.Empty:
                 raise ReadTimedOut(f"the disk has not answered for {self._timeout_s:g} s") from None
-            if not isinstance(chunk, Chunk):
+            if isinstance(chunk, Exception):
                 raise chunk
-            left -= chunk.num_blocks
+            left -= len(chunk.blocks)
             yield chunk
             self._free.put(chunk.buffer)
 
@@ -79,32 +107,99 @@ class ReadAhead:
     def _run(self, pieces: Sequence[LoadPiece]) -> None:
         try:
             for piece in pieces:
-                if not self._read_piece(piece):
-                    return
-        except (OSError, ExtentCorrupt) as error:
+                read = self._read_file if self._is_file(piece) else self._read_image
+                for chunk in read(piece):
+                    self._ready.put(chunk)
+        except _NobodyWaits:
+            return
+        except Exception as error:  # noqa: BLE001 - raised again where the blocks are waited for
             self._ready.put(error)
 
-    def _read_piece(self, piece: LoadPiece) -> bool:
-        """False if nobody wants it any more."""
+    def _buffer(self) -> Image:
+        buffer = self._free.get()
+        if buffer is None:
+            raise _NobodyWaits
+        return buffer
+
+    def _read_file(self, piece: LoadPiece) -> Iterator[Chunk]:
         fd = os.open(piece.source, os.O_RDONLY | os.O_CLOEXEC)
         try:
             sealed = read_sealed_header(fd)
-            at, end = piece.index_in_extent, piece.index_in_extent - (-piece.num_tokens // self._block_size)
-            if end > sealed.header.num_blocks:
-                raise ExtentCorrupt("the extent has fewer blocks than its index says")
-            per_chunk = max(1, CHUNK_BYTES // (self._block_size * sealed.header.shape.bytes_per_token))
-            while at < end:
-                buffer = self._free.get()
-                if buffer is None:
-                    return False
-                num_blocks = min(per_chunk, end - at)
-                begin, stop = sealed.header.block_range(at)[0], sealed.header.block_range(at + num_blocks - 1)[1]
+            header = sealed.header
+            if header.image_bytes != os.fstat(fd).st_size:  # before there is memory for what it claims to hold
+                raise ExtentCorrupt("the file is cut short or too long")
+            for first, end in self._ranges(piece, sealed):
+                buffer = self._buffer()
+                begin, stop = header.block_range(first)[0], header.block_range(end - 1)[1]
                 if len(buffer) < stop - begin:
                     buffer = aligned_empty(stop - begin)
                 content = buffer[: stop - begin]
                 read_all(fd, content, begin)
-                self._ready.put(Chunk(sealed, at, num_blocks, begin, content, buffer))
-                at += num_blocks
-            return True
+                yield from self._verified(piece, sealed, first, end, content, begin, buffer)
         finally:
             os.close(fd)
+
+    def _read_image(self, piece: LoadPiece) -> Iterator[Chunk]:
+        image = next(self._images)
+        sealed = parse_header(image)
+        for first, end in self._ranges(piece, sealed):
+            yield from self._verified(piece, sealed, first, end, image, 0, self._buffer())
+
+    def _ranges(self, piece: LoadPiece, sealed: SealedHeader) -> Iterator[tuple[int, int]]:
+        """Blocks of the extent that make a chunk."""
+        header = sealed.header
+        at, end = piece.index_in_extent, piece.index_in_extent + _num_blocks(piece, self._query)
+        num_there = header.num_blocks if header.block_size == self._query.block_size else 0
+        per_chunk = max(1, CHUNK_BYTES // (header.block_size * header.shape.bytes_per_token))
+        while at < min(end, num_there):
+            yield at, min(at + per_chunk, end, num_there)
+            at += per_chunk
+        if end > num_there:
+            raise ExtentCorrupt("the extent has other blocks than its index says")
+
+    def _verified(
+        self, piece: LoadPiece, sealed: SealedHeader, first: int, end: int, content: Image, offset: int, buffer: Image
+    ) -> Iterator[Chunk]:
+        """Blocks `first..end`; `content` begins at `offset` of the image. Those before a bad one count."""
+        header, block_size = sealed.header, self._query.block_size
+        blocks: list[Block] = []
+        try:
+            for index in range(first, end):
+                at = index - piece.index_in_extent
+                begin, stop = header.block_range(index)
+                payload = content[begin - offset : stop - offset]
+                num_tokens = min(block_size, piece.num_tokens - at * block_size)
+                verify_block(sealed, index, payload, self._query, piece.first_block + at, num_tokens)
+                stored_tokens = len(header.block_tokens(index)) // TOKEN_BYTES
+                blocks.append(Block(piece.first_block + at, num_tokens, stored_tokens, payload, piece.tier))
+        finally:
+            if blocks:
+                yield Chunk(tuple(blocks), buffer)
+
+
+class _NobodyWaits(Exception):
+    """The pass has been closed."""
+
+
+def _num_blocks(piece: LoadPiece, query: LoadQuery) -> int:
+    return -(-piece.num_tokens // query.block_size)
+
+
+def verify_block(
+    sealed: SealedHeader, index: int, payload: Image, query: LoadQuery, block_index: int, num_tokens: int
+) -> None:
+    """Raise ExtentCorrupt unless this is the block that the prompt continues with, to the bit."""
+    header = sealed.header
+    if header.root_hash != query.root_hash:
+        raise ExtentCorrupt("the extent belongs to another fingerprint")
+    if header.block_size != query.block_size or index >= header.num_blocks:
+        raise ExtentCorrupt("the extent has other blocks than its index says")
+    parent = header.block_hash(index - 1) if index else header.parent_hash
+    expected = query.block_hashes[block_index - 1] if block_index else query.root_hash
+    if parent != expected:
+        raise ExtentCorrupt("the block follows another history")
+    start = block_index * query.block_size
+    wanted = pack_tokens(query.token_ids[start : start + num_tokens])
+    if not header.block_tokens(index).startswith(wanted):
+        raise ExtentCorrupt("the block holds other tokens")
+    sealed.verify_block(index, payload)

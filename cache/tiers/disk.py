@@ -23,6 +23,8 @@ from cache.tiers.index_db import IndexDamaged, IndexDb
 
 MAX_QUARANTINED = 4
 """They are outside the disk budget."""
+MAX_SYNCED_AT_CLOSE = 256
+"""Folders with deletions that closing waits for; with more, the next start compares rows and files."""
 _REPORT_EVERY = 1000
 """Extents between two lines of progress."""
 
@@ -51,6 +53,10 @@ class FileTier:
         self._files = files or Files()
         self._guard = threading.Lock()
         self._written: dict[str, Path] = {}
+        self._rooted: set[str] = set()
+        """Folders of files, as `abcd`, whose own names are on the disk for certain."""
+        self._thinned: set[Path] = set()
+        """Folders from which names have gone that a power cut could bring back."""
         self._open()
 
     def __repr__(self) -> str:
@@ -130,6 +136,8 @@ class FileTier:
             self._db.close()
             self._folder.close()
             self._written.clear()
+            self._rooted.clear()
+            self._thinned.clear()
             self._open()
 
     # -- images -------------------------------------------------------------------------------------
@@ -149,7 +157,7 @@ class FileTier:
         """The files' content first, then their names, then the rows: each step vouches for the one before."""
         folders: dict[Path, None] = {}
         for extent_id, temporary in self._written.items():
-            folders.update(dict.fromkeys(self._make_parents(Path(self.path(extent_id)))))
+            folders.update(dict.fromkeys(self._make_parents(extent_id)))
             if self._fsync:
                 self._files.sync(temporary)
         for extent_id, temporary in self._written.items():
@@ -157,17 +165,23 @@ class FileTier:
         if self._fsync:
             for folder in folders:
                 self._files.sync(folder)
+            self._rooted.update(extent_id[:4] for extent_id in self._written)
         committed = list(self._written)
         with self._guard:
+            self._thinned.difference_update(folders)
             self._db.complete(committed)
         self._written.clear()
         return committed
 
-    def _make_parents(self, path: Path) -> list[Path]:
-        """The folders whose list of names changes when `path` comes into being."""
-        changed = [path.parent]
-        for folder in (path.parent.parent, path.parent):
-            if self._files.make_folder(folder):
+    def _make_parents(self, extent_id: str) -> list[Path]:
+        """The folders whose list of names changes when the extent's file comes into being.
+
+        A folder that is there already may be in memory only: its maker may have failed or died before the sync.
+        """
+        parent = Path(self.path(extent_id)).parent
+        changed = [parent]
+        for folder in (parent.parent, parent):
+            if self._files.make_folder(folder) or extent_id[:4] not in self._rooted:
                 changed.append(folder.parent)
         return changed
 
@@ -181,13 +195,12 @@ class FileTier:
                 self.delete(extent_id)
 
     def read(self, extent_id: str) -> Image:
-        with Path(self.path(extent_id)).open("rb", buffering=0) as file:
-            image = aligned_empty(os.fstat(file.fileno()).st_size)
-            read_all(file.fileno(), image, 0)
-            return image
+        return read_image(Path(self.path(extent_id)))
 
     def delete(self, extent_id: str) -> None:
-        self._files.unlink(Path(self.path(extent_id)))
+        path = Path(self.path(extent_id))
+        self._files.unlink(path)
+        self._note_gone(path)
         self._remove_row(extent_id)
 
     def quarantine(self, extent_id: str) -> None:
@@ -199,10 +212,16 @@ class FileTier:
             with self._guard:
                 self._db.remove_row(extent_id)
 
+    def _note_gone(self, path: Path) -> None:
+        if self._fsync:
+            with self._guard:
+                self._thinned.add(path.parent)
+
     def _set_aside(self, path: Path) -> None:
         aside = self.directory / "quarantine"
         if path.exists():
             self._files.rename(path, aside / path.name)
+            self._note_gone(path)
             os.utime(aside / path.name)  # the age of the finding counts, not the file's
         for old in sorted(aside.iterdir(), key=lambda p: p.stat().st_mtime)[:-MAX_QUARANTINED]:
             self._files.unlink(old)
@@ -220,8 +239,23 @@ class FileTier:
     def forget_deleted(self) -> None:
         for path in (self.directory / "quarantine").iterdir():
             self._files.unlink(path)
+            self._note_gone(path)
+        self._sync_deletions()
         with self._guard:
             self._db.forget_deleted()
+
+    def _sync_deletions(self) -> None:
+        """Deleted names stay deleted whatever happens; a commit need not wait for that."""
+        with self._guard:
+            thinned, self._thinned = self._thinned, set()
+        try:
+            for folder in list(thinned):
+                with suppress(FileNotFoundError):  # gone as a whole
+                    self._files.sync(folder)
+                thinned.discard(folder)
+        finally:
+            with self._guard:
+                self._thinned |= thinned
 
     def save_order(self, extent_ids: list[str]) -> None:
         with self._guard:
@@ -231,9 +265,20 @@ class FileTier:
         return shutil.disk_usage(self.directory).free
 
     def close(self) -> None:
+        if len(self._thinned) <= MAX_SYNCED_AT_CLOSE:
+            with suppress(OSError):
+                self._sync_deletions()
         with self._guard:
-            self._db.close()
+            self._db.close(vouches=not self._thinned)
         self._folder.close()
+
+
+def read_image(path: Path) -> Image:
+    """An extent's whole file, unverified. Raises OSError."""
+    with path.open("rb", buffering=0) as file:
+        image = aligned_empty(os.fstat(file.fileno()).st_size)
+        read_all(file.fileno(), image, 0)
+        return image
 
 
 def read_all(fd: int, target: Image, offset: int) -> None:

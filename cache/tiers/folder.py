@@ -46,7 +46,7 @@ class Folder:
             try:
                 self._check_version()
                 for leftover in (directory / "tmp").iterdir():
-                    leftover.unlink()
+                    self._files.unlink(leftover)
             except (OSError, FolderError):
                 self.close()
                 raise
@@ -83,7 +83,10 @@ class Folder:
             self._lock_fd = None
 
     def _make_folders(self) -> None:
+        new = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path in new:
+            self._files.sync(path.parent)
         if not (self.directory / _FORMAT).exists():
             foreign = sorted(path.name for path in self.directory.iterdir() if path.name not in _OWN_NAMES)
             if foreign:  # its mode is about to change, and nothing of ours belongs between a user's files
@@ -93,7 +96,7 @@ class Folder:
                 )
         self.directory.chmod(0o700)
         for name in _OWN_FOLDERS:
-            (self.directory / name).mkdir(mode=0o700, exist_ok=True)
+            self._files.make_folder(self.directory / name)
 
     def _take_lock(self, wait_s: float) -> int:
         fd = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -133,6 +136,7 @@ class Folder:
             )
         if version < FOLDER_VERSION:
             self._leave_behind(version)
+        self._files.sync(self.directory)  # whoever made all this may have died before
 
     def _leave_behind(self, version: int) -> None:
         """Blocks in an older format can't be read; left where they are they would take room for ever."""
@@ -168,6 +172,11 @@ def translated_errors(directory: Path) -> Iterator[None]:
         raise FolderError(f"warehouse folder {directory}: {error.filename} is no folder") from error
     except OSError as error:
         raise FolderError(f"warehouse folder {directory} can't be opened: {error}") from error
+
+
+def is_warehouse(directory: Path) -> bool:
+    """Some node store has had this folder."""
+    return (directory / _FORMAT).is_file()
 
 
 def extent_files(directory: Path) -> list[Path]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cache.extent import NOBODY, ExtentHeader, KVShape, Origin
+from cache.extent import NOBODY, ExtentHeader, KVShape, Origin, is_consistent
 from cache.hashing import HASH_BYTES, TOKEN_BYTES, BlockHash
 
 _SCHEMA_VERSION = 2
@@ -75,6 +75,30 @@ def read_totals(path: Path) -> IndexTotals:
     return IndexTotals(*(int(each) for each in row))
 
 
+@dataclass(frozen=True, slots=True)
+class FingerprintTotals:
+    """What the durable extents of one fingerprint add up to."""
+
+    fingerprint: str
+    """Root of its hash chains, in hex."""
+    num_extents: int
+    num_blocks: int
+    disk_bytes: int
+
+
+def read_fingerprints(path: Path) -> list[FingerprintTotals]:
+    """Totals by fingerprint, the largest first, read beside a running owner. Raises IndexDamaged."""
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+            rows = db.execute(
+                f"SELECT HEX(root_hash), COUNT(*), TOTAL(LENGTH(block_hashes) / {HASH_BYTES}), TOTAL(image_bytes) "
+                "FROM extents WHERE is_complete = 1 GROUP BY root_hash ORDER BY 4 DESC, 1"
+            ).fetchall()
+    except sqlite3.Error as error:
+        raise IndexDamaged(str(error)) from error
+    return [FingerprintTotals(root.lower(), *(int(each) for each in totals)) for root, *totals in rows]
+
+
 class IndexDb:
     """See the module's docstring. Not thread-safe: the disk tier holds a lock around it."""
 
@@ -84,7 +108,7 @@ class IndexDb:
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         try:
             self.was_closed = self._open()
-        except (sqlite3.Error, IndexDamaged) as error:
+        except (sqlite3.Error, IndexDamaged, UnicodeDecodeError) as error:  # SQLite quotes what it can't read
             self._db.close()
             raise IndexDamaged(str(error)) from error
 
@@ -184,19 +208,22 @@ class IndexDb:
                     first,
                     origins.get(tenant_and_session) or origins.setdefault(tenant_and_session, Origin(*origin)),
                 )
-                if header.extent_id != extent_id:
+                if header.extent_id != extent_id or not is_consistent(header):
                     raise IndexDamaged(f"the row of extent {extent_id} does not add up")
                 numbers.append(number)
                 headers.append(header)
             saved = self._db.execute("SELECT numbers FROM use_order").fetchone()
-        except (sqlite3.Error, ValueError) as error:
+        except (sqlite3.Error, ValueError, TypeError) as error:
             raise IndexDamaged(str(error)) from error
-        return _in_order(headers, numbers, saved[0] if saved else b"")
+        return _in_order(headers, numbers, saved[0] if saved and isinstance(saved[0], bytes) else b"")
 
-    def close(self) -> None:
-        """Close, and say so in the database if no write is under way. A full disk leaves it unsaid."""
+    def close(self, *, vouches: bool = True) -> None:
+        """Close, and say so in the database if it `vouches` for the files and no write is under way.
+
+        A full disk leaves it unsaid.
+        """
         try:
-            if not self._db.execute("SELECT 1 FROM extents WHERE is_complete = 0 LIMIT 1").fetchone():
+            if vouches and not self._db.execute("SELECT 1 FROM extents WHERE is_complete = 0 LIMIT 1").fetchone():
                 self._db.execute(f"PRAGMA user_version = {_CLOSED}")
         except sqlite3.Error:
             return
@@ -240,11 +267,12 @@ def _parse_shape(text: str) -> KVShape:
 
 
 def _in_order(headers: list[ExtentHeader], numbers: list[int], saved: bytes) -> list[ExtentHeader]:
-    """Those in the saved order first, then what was written since."""
-    order = np.frombuffer(saved, "<i8")
+    """Those in the saved order first, then what was written since. What makes no sense in the order does no harm."""
+    order = np.frombuffer(saved, "<i8", len(saved) // 8)
     if not len(order) or not headers:
         return headers
     present = np.array(numbers)
-    ranks = np.full(max(present.max(), order.max()) + 1, len(order), np.int64)
-    ranks[order] = np.arange(len(order))
-    return [headers[at] for at in np.argsort(ranks[present], kind="stable")]
+    by_number = np.argsort(order, kind="stable")
+    places = by_number[np.minimum(np.searchsorted(order, present, sorter=by_number), len(order) - 1)]
+    ranks = np.where(order[places] == present, places, len(order))
+    return [headers[at] for at in np.argsort(ranks, kind="stable")]

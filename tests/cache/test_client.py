@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache.client import WarehouseClient, verify_block
+from cache.client import WarehouseClient
 from cache.errors import ExtentCorrupt, StoreUnavailable
 from cache.events import Tier
 from cache.extent import ExtentHeader, Image, KVShape, allocate_image, parse_header, seal
 from cache.hashing import as_token_ids, chain_hashes
 from cache.messages import LoadGrant, LoadQuery, StoreGrant, StoreOffer
 from cache.node_store import NodeStore
+from cache.read_ahead import verify_block
 from cache.tiers.disk import FileTier
 from cache.tiers.memory import MemoryTier
 from tests.cache.chains import (

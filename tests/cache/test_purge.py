@@ -55,6 +55,12 @@ def test_everything_that_is_given_must_apply(asked: PurgeQuery, *, is_meant: boo
     assert asked.means(replace(header_of(range(4)), origin=ANNA)) == is_meant
 
 
+def test_receipts_of_several_node_stores_add_up() -> None:
+    assert PurgeReceipt.sum_of([]) == PurgeReceipt()
+    receipts = [PurgeReceipt(1, 2, 3, 4, 5, 6, 7, 8), PurgeReceipt(10, 20, 30, 40, 50, 60, 70, 80)]
+    assert PurgeReceipt.sum_of(receipts) == PurgeReceipt(11, 22, 33, 44, 55, 66, 77, 88)
+
+
 # -- the ledger -------------------------------------------------------------------------------------
 
 
