@@ -129,6 +129,7 @@ def gateway_options(plan: Plan) -> GatewayOptions:
         ),
         prediction_ttl_s=config.router.prediction_ttl_s,
         node_ids=plan.node_ids,
+        share_cache_between_keys=config.http.share_cache_between_keys,
     )
 
 
@@ -147,6 +148,7 @@ def node_store_options(config: Config, budgets: Budgets) -> NodeStoreOptions:
             ),
             DiskConfig(cache.min_free_bytes, cache.fsync_interval_s if cache.fsync == "batched" else 0.0),
             lease_ttl_s=cache.lease_ttl_s,
+            scrub_bytes_per_s=cache.scrub_bytes_per_s,
         ),
         directory,
         fsync=cache.fsync != "never",

@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
 
-from cache.hashing import TokenIds
+from cache.hashing import BlockHash, TokenIds
 from serving.chat import ChatMessage
 from serving.protocol import SamplingParams, TokenBatch
 from serving.tool_calls import Tool
@@ -63,6 +63,12 @@ class Backend(Protocol):
 
         Each choice ends with a batch that has its `finish_reason` and its own `usage`, in which the prompt's part
         is that of the choice. The generator is closed, or cancelled at its await, as soon as the client hangs up.
+        """
+
+    async def purge(self, tenant: str, session_id: str | None, root_hash: BlockHash | None) -> Mapping[str, Any]:
+        """Delete the tenant's KV, or only that of one session or one fingerprint; the receipt as JSON values.
+
+        Raises ApiError unless everybody who might hold some of it was reached.
         """
 
     async def warehouse_stats(self) -> Mapping[str, Any]:

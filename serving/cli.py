@@ -1,27 +1,28 @@
 """The `tokenloft` command. Parses, calls, turns expected errors into one line and an exit status.
 
-Exit statuses: 0 done, 1 it could not be done (the line says why), 2 the command line is wrong.
+Exit statuses: 0 done, 1 it could not be done (the line says why) or something is bad, 2 the command line is wrong.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cache.errors import CacheError
+from serving.bench_cli import add_benches
 from serving.chat_command import Chat, load_messages, typed_lines
-from serving.config import Config, ConfigError, load_config
+from serving.cli_options import add_config_options, config_of
+from serving.config import ConfigError
 from serving.engine.families import UnsupportedModelError
-from serving.errors import LaunchError
+from serving.errors import BenchError, LaunchError
 from serving.launch import serve
 from serving.model_files import ModelError
-from serving.model_store import ALIAS, prepare_model
 from serving.ray_session import RaySetupError
 from serving.sdk import Tokenloft, TokenloftError
 from serving.terminal import Terminal
-from serving.warehouse_command import show_stats
+from serving.warehouse_cli import add_warehouse
+from serving.warehouse_command import ServerError
 
 _EXAMPLES = """examples:
   tokenloft serve
@@ -29,11 +30,23 @@ _EXAMPLES = """examples:
   tokenloft serve --config configs/local.yaml --set decode.replicas=2 --set cache.disk_bytes=20GiB
   tokenloft chat
   tokenloft warehouse stats --json
+  tokenloft warehouse verify --rate 200MB
   tokenloft bench engine --quick
+  tokenloft bench warehouse --json
 """
 
 
-EXPECTED = (CacheError, ConfigError, LaunchError, ModelError, RaySetupError, TokenloftError, UnsupportedModelError)
+EXPECTED = (
+    BenchError,
+    CacheError,
+    ConfigError,
+    LaunchError,
+    ModelError,
+    RaySetupError,
+    ServerError,
+    TokenloftError,
+    UnsupportedModelError,
+)
 """Errors whose message is all that a person needs."""
 
 
@@ -43,13 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     terminal = Terminal()
     try:
         run: Any = parsed.run
-        run(parsed, terminal)
+        status: int | None = run(parsed, terminal)
     except EXPECTED as error:
         terminal.error(str(error))
         return 1
     except KeyboardInterrupt:
         return 130
-    return 0
+    return status or 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -63,13 +76,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_serve(commands)
     _add_chat(commands)
-    _add_bench(commands)
-    warehouse = commands.add_parser("warehouse", help="look at the warehouse of KV blocks")
-    actions = warehouse.add_subparsers(required=True, metavar="ACTION")
-    stats = actions.add_parser("stats", help="what it holds, from the folder and from a running server")
-    stats.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    _add_config_options(stats)
-    stats.set_defaults(run=_warehouse_stats)
+    add_benches(commands)
+    add_warehouse(commands)
     return parser
 
 
@@ -83,7 +91,7 @@ def _add_serve(commands: Any) -> None:
     command.add_argument("--model", metavar="M", help="local folder, hub id, or smollm2-135m-instruct (the default)")
     command.add_argument("--host", metavar="H", help="address to listen on (default 127.0.0.1)")
     command.add_argument("--port", metavar="P", help="port to listen on (default 8000; 0: any free one)")
-    _add_config_options(command)
+    add_config_options(command)
     command.set_defaults(run=_serve)
 
 
@@ -103,39 +111,6 @@ def _add_chat(commands: Any) -> None:
     command.set_defaults(run=_chat)
 
 
-def _add_bench(commands: Any) -> None:
-    bench = commands.add_parser("bench", help="measure the paths that the server runs")
-    names = bench.add_subparsers(required=True, metavar="NAME")
-    engine = names.add_parser(
-        "engine",
-        help="prefill and decode, beside transformers and the roofline",
-        description="Prefill and decode through the engine, interleaved with transformers' generate, in one run.",
-    )
-    engine.add_argument("--quick", action="store_true", help="one round, shorter prompts")
-    engine.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    engine.add_argument("--model", metavar="M", default=ALIAS, help="as for serve (default %(default)s)")
-    engine.add_argument("--threads", metavar="N", type=int, help="of both sides (default: all cores)")
-    engine.set_defaults(run=_bench_engine)
-
-
-def _add_config_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--config", metavar="FILE", type=Path, help="config file in YAML")
-    command.add_argument("--warehouse", metavar="DIR", help="folder of the warehouse's disk tier")
-    command.add_argument("--set", metavar="A.B=C", action="append", default=[], help="set one key of the config")
-
-
-def config_of(parsed: argparse.Namespace) -> Config:
-    """The config that the options describe; named options win over --set, which wins over the file."""
-    named = {"model.name": "model", "http.host": "host", "http.port": "port", "cache.directory": "warehouse"}
-    overrides = list(parsed.set)
-    for key, option in named.items():
-        value = getattr(parsed, option, None)
-        if value is not None:
-            # Quoted, or YAML would read the path ~ as null; a port is a number and stays bare.
-            overrides.append(f"{key}={value}" if option == "port" else f"{key}={json.dumps(value)}")
-    return load_config(parsed.config, overrides)
-
-
 def _serve(parsed: argparse.Namespace, terminal: Terminal) -> None:
     serve(config_of(parsed), terminal)
 
@@ -147,15 +122,3 @@ def _chat(parsed: argparse.Namespace, terminal: Terminal) -> None:
         given = {"max_tokens": parsed.max_tokens, "temperature": parsed.temperature}
         options = {name: value for name, value in given.items() if value is not None}
         Chat(client, terminal, sys.stdout, messages, options).run(typed_lines(terminal))
-
-
-def _bench_engine(parsed: argparse.Namespace, terminal: Terminal) -> None:
-    model = prepare_model(parsed.model, terminal)
-    from serving.bench.engine import EngineBenchOptions, run_engine_bench  # torch: seconds that other commands save
-
-    options = EngineBenchOptions.of(model.directory, num_threads=parsed.threads, is_quick=parsed.quick)
-    run_engine_bench(options, terminal.step).write(sys.stdout, as_json=parsed.json)
-
-
-def _warehouse_stats(parsed: argparse.Namespace, terminal: Terminal) -> None:
-    show_stats(config_of(parsed), as_json=parsed.json, out=sys.stdout)

@@ -94,6 +94,7 @@ class HttpConfig(Section):
     api_keys: list[Annotated[str, Field(min_length=1)]] = Field(
         default=[], repr=False, description="Accepted bearer keys; none: everyone who reaches the port"
     )
+    share_cache_between_keys: bool = Field(default=False, description="true: one key finds what another one stored")
     max_body_bytes: Bytes = Field(default=16 * MIB, gt=0, description="Largest request body")
     max_requests: int = Field(default=256, ge=1, description="Requests for completions in progress; more get a 429")
 
@@ -157,6 +158,7 @@ class CacheConfig(Section):
     fsync_interval_s: float = Field(default=0.05, gt=0, le=60, description="Longest wait of a batch")
     dirty_bytes: Bytes | None = Field(default=None, description="Most that waits to be written; null: half of dram")
     lease_ttl_s: float = Field(default=60.0, gt=0, description="A claim on an extent ends after this")
+    scrub_bytes_per_s: Bytes = Field(default=4_000_000, description="Stored files are checked at this rate; 0: never")
 
 
 class RouterConfig(Section):

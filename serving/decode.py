@@ -5,9 +5,11 @@ replica for a long one, decodes, streams, and commits the turn. If no prefill re
 decode computes alone: slower, not failed.
 """
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
+from cache.messages import PurgeQuery
 from serving.generation import Generation
 from serving.handoff import HandoffTimeouts, PrefillPeer
 from serving.protocol import GenerateRequest, TokenBatch
@@ -36,6 +38,10 @@ class DecodeReplica:
         async with aclosing(generation.batches()) as batches:
             async for batch in batches:
                 yield batch
+
+    async def purge(self, query: PurgeQuery) -> int:
+        """Forget what is meant; returns the number of blocks that the engine's pool held of it."""
+        return await asyncio.wrap_future(self._replica.engine.purge(query))
 
     def check_health(self) -> None:
         """Asked by Serve, which replaces a replica whose engine has ended."""

@@ -22,9 +22,12 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
-from cache.actor import RayStorePort
+from cache.actor import PURGE_TIMEOUT_S, RayStorePort
 from cache.errors import StoreUnavailable
-from cache.hashing import TokenIds, chain_hashes
+from cache.extent import Origin
+from cache.fingerprint import Fingerprint
+from cache.hashing import BlockHash, TokenIds, chain_hashes
+from cache.messages import PurgeQuery, PurgeReceipt
 from router.cost import CostModel
 from router.gateway_router import Router
 from router.mirror import Mirror
@@ -32,11 +35,12 @@ from router.policy import PolicyConfig, RouteRequest
 from serving.answer_memory import AnswerMemory
 from serving.chat import ChatMessage, ChatTemplate
 from serving.http_app import build_app
-from serving.http_errors import ApiError
+from serving.http_errors import ApiError, purge_incomplete
 from serving.http_settings import HttpSettings
 from serving.protocol import GenerateRequest, SamplingParams, TokenBatch
 from serving.relay import Delivered, ReplicaLost, relay
 from serving.replica import Handle, ModelInfo
+from serving.tenants import label_of, salt_of
 from serving.tool_calls import Tool
 from serving.vocabulary import TokenPiece
 
@@ -61,6 +65,7 @@ class GatewayOptions:
     prediction_ttl_s: float
     node_ids: tuple[str, ...]
     """Nodes with a node store."""
+    share_cache_between_keys: bool = False
 
 
 @serve.ingress()
@@ -142,7 +147,7 @@ class Gateway:
         tenant: str = "",
     ) -> AsyncGenerator[TokenBatch, None]:
         """The answers to one prompt; what they were made of is remembered."""
-        batches = self._route(token_ids, sampling, session_id, use_cache, request_id, num_choices)
+        batches = self._route(token_ids, sampling, session_id, use_cache, request_id, num_choices, tenant)
         return self._answers.hear(batches, token_ids, tenant)
 
     async def _route(
@@ -153,14 +158,12 @@ class Gateway:
         use_cache: bool,
         request_id: str,
         num_choices: int,
+        tenant: str,
     ) -> AsyncGenerator[TokenBatch, None]:
         """Route the request and relay its answer, past replicas that fail on the way."""
         assert self._router is not None
         use_cache = use_cache and self._options.cache_enabled
-        fingerprint = self._model.fingerprint
-        if not use_cache:
-            # A root that nobody else has: nothing can be found under it, and the handoff works as ever.
-            fingerprint = replace(fingerprint, tenant_salt=f"uncached:{request_id}")
+        fingerprint = self._fingerprint(request_id, tenant, use_cache=use_cache)
         hashes = tuple(chain_hashes(fingerprint.root_hash(), token_ids, fingerprint.block_size))
         route = RouteRequest(len(token_ids), hashes, fingerprint.block_size, session_id)
         delivered = Delivered(num_choices)
@@ -175,6 +178,7 @@ class Gateway:
                     reservation.decision,
                     use_cache,
                     delivered.open_choices(),
+                    Origin(label_of(tenant), session_id or ""),
                 )
                 try:
                     async with aclosing(relay(self._decode, request)) as batches:
@@ -192,12 +196,45 @@ class Gateway:
         message = f"{MAX_ATTEMPTS} replicas failed on this request; please try again."
         raise ApiError(503, message, code="replica_failed", headers={"retry-after": "1"})
 
+    def _fingerprint(self, request_id: str, tenant: str, *, use_cache: bool) -> Fingerprint:
+        """What the request's hashes are rooted in."""
+        if not use_cache:
+            # A root that nobody else has: nothing can be found under it, and the handoff works as ever.
+            salt = f"uncached:{request_id}"
+        else:
+            salt = "" if self._options.share_cache_between_keys else salt_of(tenant)
+        return replace(self._model.fingerprint, tenant_salt=salt)
+
     def _with_savings(self, batch: TokenBatch) -> TokenBatch:
         usage = batch.usage
         if usage is None or self._router is None:
             return batch
         saved_s = max(0.0, usage.cached_tokens / self._router.prefill_tokens_per_s - usage.load_s)
         return replace(batch, usage=replace(usage, saved_s=saved_s))
+
+    async def purge(self, tenant: str, session_id: str | None, root_hash: BlockHash | None) -> Mapping[str, Any]:
+        """Delete everywhere. The engines come twice: they may have loaded some of it before the stores deleted it."""
+        query = PurgeQuery(label_of(tenant), session_id, root_hash)
+        num_device_blocks = await self._purge_engines(query)
+        receipt = PurgeReceipt.sum_of(
+            await asyncio.gather(*(asyncio.to_thread(_purge_store, port, query) for port in self._ports))
+        )
+        num_device_blocks += await self._purge_engines(query)
+        # Ids of answers say what was said, too. They are not kept by session: forgetting more costs time alone.
+        num_answers = self._answers.forget(tenant) if root_hash is None else 0
+        return dataclasses.asdict(receipt) | {"num_device_blocks": num_device_blocks, "num_answers": num_answers}
+
+    async def _purge_engines(self, query: PurgeQuery) -> int:
+        """Number of blocks that the engines' pools held. Raises ApiError if one does not answer."""
+        num_blocks = 0
+        for handle in (self._decode, self._prefill):
+            if handle is None:
+                continue
+            try:
+                num_blocks += sum(await handle.broadcast("purge", query).results_async(timeout_s=PURGE_TIMEOUT_S))
+            except (ray.exceptions.RayError, RayServeException, TimeoutError) as error:
+                raise purge_incomplete("an engine") from error
+        return num_blocks
 
     async def warehouse_stats(self) -> Mapping[str, Any]:
         """State of each node store, and the engines' counters."""
@@ -217,6 +254,13 @@ async def _broadcast_stats(handle: Handle) -> Any:
         return await handle.broadcast("stats").results_async(timeout_s=10.0)
     except (ray.exceptions.RayError, RayServeException, TimeoutError) as error:
         return f"unavailable: {error}"
+
+
+def _purge_store(port: RayStorePort, query: PurgeQuery) -> PurgeReceipt:
+    try:
+        return port.purge(query)
+    except StoreUnavailable as error:
+        raise purge_incomplete(f"the node store of {port.node_id}") from error
 
 
 def _store_stats(port: RayStorePort) -> Mapping[str, Any]:

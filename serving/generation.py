@@ -65,6 +65,7 @@ class Generation:
                 num_choices=len(request.choices),
                 generated=choice.generated,
                 reason=request.decision.reason,
+                origin=request.origin,
             ),
             Listener(on_batch, ask_prefill=self._ask_prefill if ask_prefill and self._peer else None),
         )

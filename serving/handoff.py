@@ -53,6 +53,7 @@ class PrefillPeer:
             lease_owner=request.request_id,
             use_cache=request.use_cache,
             target=request.decision.prefill_replica,
+            origin=request.origin,
         )
 
     def start(self, request: PrefillRequest) -> asyncio.Task[None]:

@@ -1,7 +1,7 @@
 """The OpenAI-compatible HTTP API over a `Backend`: validate, render, generate, stream back.
 
     POST /v1/chat/completions    GET /v1/models    GET /v1/models/{id}    GET /warehouse/stats
-    POST /v1/completions         GET /health       GET /metrics
+    POST /v1/completions         GET /health       GET /metrics             POST /warehouse/purge
 
 Extensions: the header `x-session-id` names the conversation, the body's `tokenloft` object holds options of
 ours (`{"cache": false}`), and the answer's `usage.tokenloft` says where the prompt's KV came from.
@@ -32,6 +32,7 @@ from serving.http_generation import Generation, check_model
 from serving.http_metrics import Metrics
 from serving.http_settings import HttpSettings
 from serving.http_traffic import RequestBound, RequestMeter
+from serving.http_warehouse import PURGE_PATH, PurgeEndpoint
 from serving.openai_schema import ModelCard, ModelList
 from serving.warehouse_metrics import warehouse_metrics
 
@@ -39,7 +40,7 @@ STATS_TIMEOUT_S = 5.0
 """Prometheus gives a scrape ten seconds: without the warehouse's part it still gets the rest."""
 
 _GENERATING = (CHAT_PATH, COMPLETIONS_PATH)
-_ENDPOINTS = (*_GENERATING, "/v1/models", "/health", "/warehouse/stats", "/metrics")
+_ENDPOINTS = (*_GENERATING, "/v1/models", "/health", "/warehouse/stats", PURGE_PATH, "/metrics")
 
 
 def build_app(
@@ -75,6 +76,7 @@ def build_app(
     _add_generating_routes(guarded, Generation(backend, settings, metrics, clock, rng))
     _add_model_routes(guarded, backend)
     _add_observing_routes(guarded, backend, metrics)
+    _add_purge_route(guarded, PurgeEndpoint(backend, settings))
     app.include_router(guarded)
     return app
 
@@ -134,6 +136,12 @@ def _add_observing_routes(routes: APIRouter, backend: Backend, metrics: Metrics)
             with contextlib.suppress(TimeoutError):
                 stats = await asyncio.wait_for(backend.warehouse_stats(), STATS_TIMEOUT_S)
         return Response(metrics.text(warehouse_metrics(stats)), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_purge_route(routes: APIRouter, endpoint: PurgeEndpoint) -> None:
+    @routes.post(PURGE_PATH)
+    async def purge(request: Request) -> Response:
+        return await endpoint.answer(request)
 
 
 def _model_card(backend: Backend) -> ModelCard:

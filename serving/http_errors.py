@@ -143,6 +143,11 @@ def empty_prompt(param: str) -> ApiError:
     return ApiError(400, f"'{param}' has no tokens.", param=param, code="invalid_value")
 
 
+def purge_incomplete(who: str) -> ApiError:
+    message = f"Not everything was purged: {who} did not answer. Send the request again."
+    return ApiError(503, message, code="purge_incomplete", headers={"retry-after": str(BUSY_RETRY_AFTER_S)})
+
+
 def internal_error(request_id: str) -> ApiError:
     message = f"The server failed to answer this request. Its log has the cause under request id {request_id}."
     return ApiError(500, message, code="internal_error")

@@ -15,7 +15,10 @@ from serving.http_errors import ApiError, from_pydantic, malformed_json, unsuppo
 
 M = TypeVar("M", bound=BaseModel)
 
-_SESSION_ID = re.compile(r"[\x21-\x7e]{1,256}", re.ASCII)
+SESSION_ID = r"[\x21-\x7e]{1,256}"
+"""Pattern of a session's id: printable ASCII without spaces."""
+
+_SESSION_ID = re.compile(SESSION_ID, re.ASCII)
 
 
 async def read_request(request: Request, schema: type[M], max_body_bytes: int) -> M:

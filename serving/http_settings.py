@@ -30,7 +30,7 @@ class HttpSettings:
     def tenant(self, authorization: str) -> str:
         """Whose request it is, from the same header: one tenant for each key, and one for all where none is asked for.
 
-        It is not the key and can't be turned back into it.
+        It is not the key and can't be turned back into it, but whoever has it can find the tenant's KV: see `tenants`.
         """
         return _presented_hash(authorization).hex() if self.api_key_hashes else ""
 

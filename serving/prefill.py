@@ -8,6 +8,7 @@ computes the few tokens behind the last full block, and with them the first toke
 import asyncio
 from collections.abc import AsyncIterator
 
+from cache.messages import PurgeQuery
 from serving.engine.sequence import EngineRequest, Listener
 from serving.protocol import PrefillProgress, PrefillRequest
 from serving.replica import EngineOptions, Replica
@@ -40,6 +41,7 @@ class PrefillReplica:
                 use_cache=request.use_cache,
                 handoff_owner=request.lease_owner,
                 handoff_first_block=request.first_block,
+                origin=request.origin,
             ),
             Listener(on_progress=on_progress),
         )
@@ -52,6 +54,10 @@ class PrefillReplica:
                     return
         finally:
             self._replica.engine.cancel(request.request_id)
+
+    async def purge(self, query: PurgeQuery) -> int:
+        """Forget what is meant; returns the number of blocks that the engine's pool held of it."""
+        return await asyncio.wrap_future(self._replica.engine.purge(query))
 
     def check_health(self) -> None:
         """Asked by Serve, which replaces a replica whose engine has ended."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from cache.extent import NOBODY, Origin
 from cache.fingerprint import Fingerprint
 from cache.hashing import BlockHash, TokenIds
 from router.policy import Decision
@@ -78,6 +79,8 @@ class GenerateRequest:
     """False: nothing stored is looked up and nothing is kept; the handoff still works."""
     choices: tuple[Choice, ...] = (Choice(),)
     """Answers wanted to the one prompt, which is computed once."""
+    origin: Origin = NOBODY
+    """Whose KV it becomes, for purges."""
 
     @property
     def target(self) -> str | None:
@@ -145,6 +148,7 @@ class PrefillRequest:
     """Handoff extents are leased to this owner until it has loaded them."""
     use_cache: bool = True
     target: str | None = None
+    origin: Origin = NOBODY
 
 
 @dataclass(frozen=True, slots=True)

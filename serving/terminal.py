@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.text import Text
@@ -34,3 +35,24 @@ class Terminal:
     def error(self, message: str) -> None:
         """One line before the end."""
         self._console.print(Text.assemble(("error:", "bold red"), f" {message}"))
+
+
+class Progress:
+    """How far a long piece of work has come: nothing for the first two seconds, then a line now and then."""
+
+    FIRST_S, INTERVAL_S = 2.0, 10.0
+
+    def __init__(self, terminal: Terminal, what: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._terminal = terminal
+        self._what = what
+        self._clock = clock
+        self._next_at = clock() + self.FIRST_S
+
+    def __call__(self, num_done: int, num_total: int) -> None:
+        """So many bytes are done, of so many."""
+        now = self._clock()
+        if now < self._next_at:
+            return
+        self._next_at = now + self.INTERVAL_S
+        percent = 100 * num_done // max(1, num_total)
+        self._terminal.step(f"{self._what} {num_done / 2**20:,.0f} of {num_total / 2**20:,.0f} MiB ({percent} %)")

@@ -18,6 +18,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--tau-bench", metavar="FILE", type=Path, help="JSON of conversations (tau-bench) to play on the default model"
     )
     parser.addoption("--soak-minutes", metavar="N", type=float, default=5.0, help="length of the soak (default 5)")
+    parser.addoption(
+        "--proofs",
+        metavar="N",
+        type=int,
+        default=1,
+        help="N times as many kills and damages to the warehouse (default 1)",
+    )
     parser.addoption("--tau-bench-count", metavar="N", type=int, default=5, help="how many of them (default 5)")
 
 
@@ -40,6 +47,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def report_figure(pytestconfig: pytest.Config) -> Callable[[str], None]:
     """Call it with a line for the summary at the end of the run."""
     return pytestconfig.stash.setdefault(_FIGURES, []).append
+
+
+@pytest.fixture(scope="session")
+def proof_scale(pytestconfig: pytest.Config) -> int:
+    """How many times as long the proofs of the warehouse run."""
+    return int(pytestconfig.getoption("--proofs"))
 
 
 @pytest.fixture(scope="session")

@@ -14,12 +14,22 @@ without copying it.
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from cache.extent import Origin
 from cache.hashing import BlockHash, TokenIds
+from cache.messages import PurgeQuery
 from cache.prefix_index import PrefixIndex
+
+
+class Owner(NamedTuple):
+    """Whose KV a block holds, for purges."""
+
+    root_hash: BlockHash
+    origin: Origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +64,7 @@ class BlockPool:
         self._index = PrefixIndex()
         self._by_hash: dict[BlockHash, int] = {}
         self._hashes: dict[int, BlockHash] = {}
+        self._owners: dict[int, Owner] = {}
         self._changes = PoolChanges()
 
     def __repr__(self) -> str:
@@ -80,15 +91,18 @@ class BlockPool:
         partial = self._by_hash[found.partial] if found.partial is not None else None
         return PoolMatch(block_ids, partial, found.partial_tokens)
 
-    def register(self, block_id: int, block_hash: BlockHash, parent_hash: BlockHash, token_ids: TokenIds) -> None:
+    def register(
+        self, block_id: int, block_hash: BlockHash, parent_hash: BlockHash, token_ids: TokenIds, owner: Owner
+    ) -> None:
         """Let a used block be found. A second block with the same content stays private to its sequence."""
         if block_hash in self._by_hash or block_id in self._hashes or self._is_covered(parent_hash, token_ids):
             return
         for tail in self._index.superseded_by(parent_hash, token_ids):
-            self._forget_superseded(tail)
+            self._forget(self._by_hash[tail])
         self._index.add(block_hash, parent_hash, token_ids)
         self._by_hash[block_hash] = block_id
         self._hashes[block_id] = block_hash
+        self._owners[block_id] = owner
         self._note_added(block_hash)
 
     def _is_covered(self, parent_hash: BlockHash, token_ids: TokenIds) -> bool:
@@ -97,14 +111,24 @@ class BlockPool:
             return False
         return self._index.match(parent_hash, (), token_ids, self.block_size).partial_tokens == len(token_ids)
 
-    def _forget_superseded(self, tail: BlockHash) -> None:
-        block_id = self._by_hash[tail]
+    def purge(self, query: PurgeQuery) -> int:
+        """Let nothing be found any more that is meant; returns the number of blocks.
+
+        One that is in use stays with its users, and is free afterwards.
+        """
+        meant = [block_id for block_id, owner in self._owners.items() if query.means_all_of(*owner)]
+        for block_id in meant:
+            self._forget(block_id)
+        return len(meant)
+
+    def _forget(self, block_id: int) -> None:
         self._unregister(block_id)
         if block_id in self._cached:
             del self._cached[block_id]
             self._set_free(block_id)
 
     def _unregister(self, block_id: int) -> None:
+        del self._owners[block_id]
         block_hash = self._hashes.pop(block_id)
         del self._by_hash[block_hash]
         self._index.remove(block_hash)
@@ -215,3 +239,4 @@ class BlockPool:
         assert {h: b for b, h in self._hashes.items()} == self._by_hash
         assert all(not self._is_free[b] for b in self._hashes)
         assert set(self._cached) <= set(self._hashes)
+        assert set(self._owners) == set(self._hashes)

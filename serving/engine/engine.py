@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal, ParamSpec, TypeVar
 
+from cache.messages import PurgeQuery
 from serving.engine.block_pool import BlockPool, PoolMatch
 from serving.engine.detokenizer import IncrementalDetokenizer, Tokenizer
 from serving.engine.grammar import BadGrammar, GrammarCompiler, Matcher
@@ -188,6 +189,26 @@ class Engine:
     def handoff_closed(self, request_id: str) -> None:
         """Nothing more will come from the prefill replica: what is missing is computed here."""
         self._on_sequence(request_id, self._transfers.on_handoff_closed)
+
+    def purge(self, query: PurgeQuery) -> Future[int]:
+        """Forget the pool's blocks that are meant, and keep nothing of the sequences under way that are.
+
+        The future gives the number of blocks, when nothing of it is on its way into the store any more.
+        """
+        num_blocks: Future[int] = Future()
+
+        def command() -> None:
+            for sequence in self._sequences.values():
+                sequence.is_purged |= query.means_all_of(*sequence.owner)
+            num_purged = self._scheduler.pool.purge(query)
+            if self._loader is None:
+                num_blocks.set_result(num_purged)
+            else:
+                self._loader.after_stores(lambda: num_blocks.set_result(num_purged))
+
+        if not self._post(command):
+            num_blocks.set_result(0)
+        return num_blocks
 
     def _on_sequence(self, request_id: str, act: Callable[[Sequence], None]) -> None:
         def command() -> None:

@@ -122,6 +122,9 @@ class FusedDecoder:
         self._num_kv_heads: int = config.num_key_value_heads
         self._embed = decoder.embed_tokens
         self._rotary = decoder.rotary_emb
+        for kept in (decoder.embed_tokens.weight, decoder.norm.weight):
+            # What was loaded may be views of one mapped file, which would stay in memory for the sake of these.
+            kept.data = kept.data.clone()
         self._norm = _norm(decoder.norm)
         with torch.inference_mode():
             self._layers = [self._take_layer(decoder.layers, at) for at in range(len(decoder.layers))]
@@ -213,7 +216,7 @@ def _padded(ids: torch.Tensor, num_padding: int) -> torch.Tensor:
 
 
 def _norm(stock: Any) -> RMSNorm:
-    return RMSNorm(stock.weight.detach(), stock.variance_epsilon)
+    return RMSNorm(stock.weight.detach().clone(), stock.variance_epsilon)
 
 
 def _join(*stock: nn.Linear) -> Linear:

@@ -160,6 +160,10 @@ class Loader:
         """Start a store; `job.on_done` is called exactly once, from a thread of the loader."""
         self._stores.submit(self._run_store, job).add_done_callback(_log_failure)
 
+    def after_stores(self, then: Callable[[], None]) -> None:
+        """Call `then`, from a thread of the loader, once every store that was asked for before has ended."""
+        self._stores.submit(then).add_done_callback(_log_failure)
+
     def _run_store(self, job: StoreJob) -> None:
         is_stored = False
         try:

@@ -70,8 +70,8 @@ class ModelRunner:
         self._config: Any = model.config
         self._decoder = model.get_decoder()
         self._head_dim: int = self._decoder.layers[0].self_attn.head_dim
-        self._lm_head = _take_head(model)
         self._fused = FusedDecoder(self._decoder, self._config) if can_fuse(self._decoder, self._config) else None
+        self._lm_head = _take_head(model)
         self.eos_token_ids: frozenset[int] = _token_ids(model.generation_config.eos_token_id) | _token_ids(
             self._config.eos_token_id
         )

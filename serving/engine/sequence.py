@@ -15,7 +15,9 @@ from enum import Enum
 import numpy as np
 
 from cache.events import Tier
+from cache.extent import NOBODY, Origin
 from cache.hashing import BlockHash, TokenIds, block_hash
+from serving.engine.block_pool import Owner
 from serving.engine.detokenizer import IncrementalDetokenizer
 from serving.engine.grammar import Matcher
 from serving.protocol import SamplingParams, TokenBatch, Usage
@@ -58,6 +60,8 @@ class EngineRequest:
     """Output tokens that another engine has sent already; the answer goes on behind them."""
     reason: str = ""
     """The router's, passed through to the usage."""
+    origin: Origin = NOBODY
+    """Whose KV it becomes, for purges."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,8 @@ class Sequence:
     """Prefill: leading tokens offered to the store so far."""
     is_load_in_flight: bool = False
     num_stores_in_flight: int = 0
+    is_purged: bool = False
+    """Somebody has ordered its KV to be deleted: what is still computed is not kept either."""
     cached_tokens: dict[Tier, int] = field(default_factory=dict)
     remote_tokens: int = 0
     prefill_tokens: int = 0
@@ -113,8 +119,10 @@ class Sequence:
     first_token_at: float | None = None
     _tokens: TokenIds = field(default_factory=lambda: np.empty(0, np.int32))
     _num_tokens: int = 0
+    owner: Owner = field(init=False)
 
     def __post_init__(self) -> None:
+        self.owner = Owner(self.request.root_hash, self.request.origin)
         prompt = self.request.token_ids
         max_new = self.request.sampling.max_tokens if self.request.sampling else 0
         self._tokens = np.empty(len(prompt) + max_new, np.int32)
@@ -143,6 +151,11 @@ class Sequence:
         Without the cache a request's hashes have a root that nobody else has.
         """
         return self.request.use_cache or self.request.num_choices > 1
+
+    @property
+    def is_kept(self) -> bool:
+        """Its KV may go into the warehouse and stay there."""
+        return self.request.use_cache and not self.is_purged
 
     @property
     def num_prompt_tokens(self) -> int:

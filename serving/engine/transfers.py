@@ -186,7 +186,8 @@ class Transfers:
             first_block,
             with_tail=False,
             handoff_owner=request.handoff_owner,
-            is_transient=not request.use_cache,
+            is_transient=not sequence.is_kept,
+            origin=request.origin,
         )
         num_computed = sequence.num_prompt_computed
         self._store(sequence, offer, lambda ok: self._on_handed_off(sequence, num_tokens, num_computed, ok))
@@ -204,7 +205,7 @@ class Transfers:
 
     def register_full_blocks(self, sequence: Sequence) -> None:
         """Let other sequences find the blocks that have become full."""
-        if not sequence.uses_pool:
+        if not sequence.uses_pool or sequence.is_purged:
             return
         for index in range(sequence.num_registered_blocks, sequence.num_computed // self._block_size):
             self._pool.register(
@@ -212,13 +213,14 @@ class Transfers:
                 sequence.block_hashes[index],
                 sequence.parent_hash(index),
                 sequence.block_token_ids(index),
+                sequence.owner,
             )
             sequence.num_registered_blocks = index + 1
 
     def commit(self, sequence: Sequence) -> None:
         """The sequence has left the scheduler: keep its blocks. `release_if_idle` gives them back."""
         request = sequence.request
-        if request.use_cache and request.handoff_owner is None and sequence.num_computed:
+        if sequence.is_kept and request.handoff_owner is None and sequence.num_computed:
             self._register_tail(sequence)
             if self._loader is not None:
                 self._store(sequence, self._whole_offer(sequence), self._on_committed)
@@ -226,20 +228,29 @@ class Transfers:
     def _whole_offer(self, sequence: Sequence) -> StoreOffer:
         """Everything of the sequence that has KV, the partial block at the end too."""
         token_ids = sequence.token_ids[: sequence.num_computed].copy()
-        root_hash, hashes = sequence.request.root_hash, sequence.computed_hashes
-        return StoreOffer(root_hash, hashes, token_ids, self._block_size, self._shape, first_block=0)
+        request, hashes = sequence.request, sequence.computed_hashes
+        return StoreOffer(
+            request.root_hash,
+            hashes,
+            token_ids,
+            self._block_size,
+            self._shape,
+            first_block=0,
+            origin=request.origin,
+        )
 
     def offload(self, sequence: Sequence, requeue: Callable[[Sequence], None]) -> bool:
         """A preempted sequence: store its blocks, so that they come back rather than being computed again.
 
         False if it has nothing that may be stored; then it goes back to waiting at once.
         """
-        if self._loader is None or not sequence.request.use_cache or not sequence.num_computed:
+        if self._loader is None or not sequence.is_kept or not sequence.num_computed:
             return False
 
         def on_stored(is_stored: bool) -> None:
             if sequence.status is Status.OFFLOADING:
-                self._register_tail(sequence)
+                if sequence.is_kept:
+                    self._register_tail(sequence)
                 requeue(sequence)
 
         self._store(sequence, self._whole_offer(sequence), on_stored)
@@ -254,7 +265,7 @@ class Transfers:
         if len(token_ids):
             parent_hash = sequence.parent_hash(index)
             tail_hash = block_hash(parent_hash, token_ids)
-            self._pool.register(sequence.block_table[index], tail_hash, parent_hash, token_ids)
+            self._pool.register(sequence.block_table[index], tail_hash, parent_hash, token_ids, sequence.owner)
 
     def _store(self, sequence: Sequence, offer: StoreOffer, on_stored: Callable[[bool], None]) -> None:
         assert self._loader is not None

@@ -106,7 +106,7 @@ BAD_BODIES: dict[str, Any] = {
     "an empty stop string": {"stop": ""},
     "five stop strings": {"stop": ["a", "b", "c", "d", "e"]},
     "too many choices": {"n": 17},
-    "tools": {"tools": [{"type": "function", "function": {"name": "f"}}]},
+    "tools": {"tools": [{"type": "function", "function": {}}]},
     "a lone surrogate": b'{"model": "tiny-plain", "messages": [{"role": "user", "content": "\\ud800"}]}',
     "a misspelt extension": {"tokenloft": {"cash": False}},
     "stream of a wrong type": {"stream": "yes"},

@@ -13,7 +13,7 @@ import httpx
 import uvicorn
 from fastapi import FastAPI
 
-from cache.hashing import TokenIds, as_token_ids
+from cache.hashing import BlockHash, TokenIds, as_token_ids
 from serving.chat import ChatMessage, ChatTemplateError
 from serving.http_app import build_app
 from serving.http_settings import HttpSettings
@@ -122,6 +122,12 @@ class ScriptedBackend:
             return ()
         top = tuple((token_id + i, -0.5 - i) for i in range(sampling.num_logprobs))
         return (TokenLogprob(token_id, -0.5, top),)
+
+    async def purge(self, tenant: str, session_id: str | None, root_hash: BlockHash | None) -> Mapping[str, Any]:
+        self.calls.append({"tenant": tenant, "session_id": session_id, "root_hash": root_hash})
+        if self.failure is not None:
+            raise self.failure
+        return {"num_blocks": 3, "num_left": 0}
 
     async def warehouse_stats(self) -> Mapping[str, Any]:
         return self.stats

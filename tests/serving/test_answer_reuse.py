@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from cache.fingerprint import Fingerprint
-from cache.hashing import TokenIds, as_token_ids, chain_hashes
+from cache.hashing import BlockHash, TokenIds, as_token_ids, chain_hashes
 from router.policy import Decision
 from serving.answer_memory import AnswerMemory
 from serving.chat import ChatMessage, ChatTemplate
@@ -98,6 +98,9 @@ class EngineBackend:
         async for batch in Generation(self.engine, None, request).batches():
             answer.setdefault(batch.choice, []).extend(batch.token_ids)
             yield batch
+
+    async def purge(self, tenant: str, session_id: str | None, root_hash: BlockHash | None) -> Mapping[str, Any]:
+        return {"num_answers": self.memory.forget(tenant)}
 
     async def warehouse_stats(self) -> Mapping[str, Any]:
         return self.engine.stats()

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from serving.cli import build_parser, config_of, main
+from serving.cli import build_parser, main
+from serving.cli_options import config_of
 from serving.config import Config
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from serving.terminal import Terminal
+from serving.terminal import Progress, Terminal
 
 CURL = """curl http://127.0.0.1:8000/v1 -d '{"messages": [{"role": "user"}]}' [bold] [/] \\"""
 
@@ -27,3 +27,12 @@ def test_a_quiet_one_says_only_what_must_be_said(capsys: pytest.CaptureFixture[s
     terminal.ready("ready")
     terminal.error("broken")
     assert capsys.readouterr().err == "ready\nerror: broken\n"
+
+
+def test_progress_is_told_only_where_somebody_waits(capsys: pytest.CaptureFixture[str]) -> None:
+    now = 0.0
+    progress = Progress(Terminal(), "verified", lambda: now)
+    for now in range(31):
+        progress(now << 20, 30 << 20)
+    lines = [line.split("s  ")[1] for line in capsys.readouterr().err.splitlines()]
+    assert lines == [f"verified {at} of 30 MiB ({100 * at // 30} %)" for at in (2, 12, 22)]

@@ -18,7 +18,7 @@ from cache.tiers.disk import FileTier
 from cache.tiers.memory import MemoryTier
 from serving.config import Config, load_config
 from serving.warehouse_command import ask_server, read_folder, show_stats
-from tests.cache.chains import budgets, store_chain, store_config
+from tests.cache.chains import ROOT, budgets, store_chain, store_config
 
 NOBODY = 1
 """A port where no server answers."""
@@ -86,6 +86,9 @@ def test_the_folder_is_read_beside_its_owner_and_without_one(tmp_path: Path, is_
         "num_tokens": 14,
         "num_fingerprints": 1,
         "disk_bytes": image_bytes,
+        "fingerprints": [
+            {"fingerprint": ROOT.hex(), "num_extents": 3, "num_blocks": 4, "disk_bytes": image_bytes},
+        ],
     }
     assert not list(tmp_path.glob("*-wal")), "reading leaves nothing behind"
 
@@ -103,6 +106,7 @@ def test_the_table_says_that_no_server_answers(tmp_path: Path) -> None:
         pass
     text = shown(config_of(tmp_path))
     assert "num tokens" in text
+    assert ROOT.hex() in text
     assert "MiB" in text
     assert "no server answers at http://127.0.0.1:1" in text
 

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from cache.client import WarehouseClient
 from cache.disk_worker import DiskConfig
+from cache.extent import NOBODY, Origin
 from cache.fingerprint import Fingerprint
 from cache.hashing import BlockHash, as_token_ids, chain_hashes
 from cache.node_store import NodeStore, NodeStoreConfig
@@ -88,6 +89,7 @@ class EngineUnderTest:
         request_id: str | None = None,
         num_choices: int = 1,
         generated: tuple[int, ...] = (),
+        origin: Origin = NOBODY,
     ) -> Pending:
         self._count += 1
         pending = Pending()
@@ -102,6 +104,7 @@ class EngineUnderTest:
             use_cache=use_cache,
             num_choices=num_choices,
             generated=generated,
+            origin=origin,
         )
         self.engine.submit(request, listener or Listener(on_batch=pending.batches.put))
         return pending
@@ -127,6 +130,7 @@ class Handoff:
         *,
         root: BlockHash = ROOT,
         use_cache: bool = True,
+        origin: Origin = NOBODY,
     ) -> Pending:
         pending = Pending()
 
@@ -141,6 +145,7 @@ class Handoff:
             use_cache=use_cache,
             listener=Listener(on_batch=pending.batches.put, ask_prefill=ask),
             request_id=request_id,
+            origin=origin,
         )
         return pending
 
@@ -163,6 +168,7 @@ class Handoff:
             use_cache=use_cache,
             handoff_owner=request_id,
             handoff_first_block=sequence.num_computed // block_size,
+            origin=sequence.request.origin,
         )
         self.prefill.engine.submit(request, Listener(on_progress=on_progress))
 

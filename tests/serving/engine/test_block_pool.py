@@ -7,8 +7,10 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from cache.extent import NOBODY, Origin
 from cache.hashing import BlockHash, as_token_ids, block_hash, chain_hashes
-from serving.engine.block_pool import BlockPool, PoolMatch
+from cache.messages import PurgeQuery
+from serving.engine.block_pool import BlockPool, Owner, PoolMatch
 
 BLOCK_SIZE = 4
 ROOT = BlockHash(b"root" * 4)
@@ -20,7 +22,9 @@ def match(pool: BlockPool, tokens: list[int], root: BlockHash = ROOT) -> PoolMat
     return pool.match(root, chain_hashes(root, ids, BLOCK_SIZE), ids)
 
 
-def register(pool: BlockPool, tokens: list[int], table: list[int], root: BlockHash = ROOT) -> list[BlockHash]:
+def register(
+    pool: BlockPool, tokens: list[int], table: list[int], root: BlockHash = ROOT, origin: Origin = NOBODY
+) -> list[BlockHash]:
     """Register the blocks of a chain as a sequence does, its partial block too; returns their hashes."""
     ids = as_token_ids(tokens)
     hashes = chain_hashes(root, ids, BLOCK_SIZE)
@@ -28,7 +32,8 @@ def register(pool: BlockPool, tokens: list[int], table: list[int], root: BlockHa
         hashes.append(block_hash(hashes[-1] if hashes else root, ids[len(hashes) * BLOCK_SIZE :]))
     for index, one in enumerate(hashes):
         parent = hashes[index - 1] if index else root
-        pool.register(table[index], one, parent, ids[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE])
+        block = ids[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE]
+        pool.register(table[index], one, parent, block, Owner(root, origin))
     return hashes
 
 
@@ -36,11 +41,11 @@ def num_blocks_for(tokens: list[int]) -> int:
     return -(-len(tokens) // BLOCK_SIZE)
 
 
-def cache_chain(pool: BlockPool, tokens: list[int]) -> list[int]:
+def cache_chain(pool: BlockPool, tokens: list[int], root: BlockHash = ROOT, origin: Origin = NOBODY) -> list[int]:
     """Compute, register and release a chain; returns the blocks where it lies."""
     table = pool.allocate(num_blocks_for(tokens))
     assert table is not None
-    register(pool, tokens, table)
+    register(pool, tokens, table, root, origin)
     pool.release(table)
     return table
 
@@ -116,6 +121,13 @@ class PoolWalk(RuleBasedStateMachine):
     @rule(which=st.integers(0, 99))
     def cancel(self, which: int) -> None:
         self.pool.release(self.chains.pop(which % len(self.chains)).table)
+
+    @rule()
+    def purge(self) -> None:
+        num_found = len(self.pool.all_hashes())
+        assert self.pool.purge(PurgeQuery(root_hash=OTHER_ROOT)) == 0
+        assert self.pool.purge(PurgeQuery(root_hash=ROOT)) == num_found
+        assert not self.pool.all_hashes()
 
     @rule()
     def report(self) -> None:
@@ -258,3 +270,35 @@ def test_a_block_that_came_and_left_between_two_reports_is_reported_as_gone() ->
     assert not changes.added
     assert len(changes.removed) == 1
     assert not pool.has_changes
+
+
+ANNA, BERT = Origin("acme", "anna"), Origin("acme", "bert")
+
+
+def test_a_purge_takes_what_is_meant_and_nothing_else() -> None:
+    pool = BlockPool(16, BLOCK_SIZE)
+    cache_chain(pool, [1] * 10, origin=ANNA)
+    cache_chain(pool, [2] * 10, origin=BERT)
+    cache_chain(pool, [1] * 10, OTHER_ROOT, ANNA)
+    assert pool.purge(PurgeQuery("acme", "nobody")) == 0
+    assert pool.purge(PurgeQuery("acme", "anna", OTHER_ROOT)) == 3
+    assert match(pool, [1] * 10, OTHER_ROOT) == PoolMatch()
+    assert pool.purge(PurgeQuery("acme", "anna")) == 3
+    assert match(pool, [1] * 10) == PoolMatch()
+    assert len(match(pool, [2] * 10).block_ids) == 2
+    assert pool.purge(PurgeQuery("acme")) == 3
+    assert repr(pool) == "<BlockPool 16 blocks: 16 free, 0 used, 0 cached>"
+    pool.check_integrity()
+
+
+def test_what_is_purged_in_use_is_free_when_it_is_released() -> None:
+    pool = BlockPool(8, BLOCK_SIZE)
+    table = cache_chain(pool, [1] * 8, origin=ANNA)
+    pool.share(table)
+    pool.take_changes()
+    assert pool.purge(PurgeQuery(session="anna")) == 2
+    assert match(pool, [1] * 8) == PoolMatch()
+    assert len(pool.take_changes().removed) == 2, "and those who follow the pool's changes know"
+    pool.check_integrity()
+    pool.release(table)
+    assert repr(pool) == "<BlockPool 8 blocks: 8 free, 0 used, 0 cached>"

@@ -8,10 +8,11 @@ import pytest
 from cache.client import WarehouseClient
 from cache.errors import StoreUnavailable
 from cache.events import DeviceBlocks, ReplicaLoad
+from cache.extent import NOBODY
 from cache.hashing import BlockHash, as_token_ids, chain_hashes
 from cache.node_store import NodeStore
 from cache.tiers.memory import MemoryTier
-from serving.engine.block_pool import BlockPool
+from serving.engine.block_pool import BlockPool, Owner
 from serving.engine.kv_pool import KVLayout, KVPool
 from serving.engine.loader import Loader
 from serving.engine.measure import IDLE_REPORT_INTERVAL_S, REPORT_INTERVAL_S, Reporter, Speed
@@ -102,7 +103,8 @@ class Bench:
         assert table is not None
         for index, one in enumerate(hashes):
             parent = hashes[index - 1] if index else ROOT
-            self.pool.register(table[index], one, parent, ids[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE])
+            block = ids[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE]
+            self.pool.register(table[index], one, parent, block, Owner(ROOT, NOBODY))
         self.pool.release(table)
         return hashes
 

@@ -77,6 +77,7 @@ class Loop:
                 sequence.block_hashes[index],
                 sequence.parent_hash(index),
                 sequence.block_token_ids(index),
+                sequence.owner,
             )
 
     def finish(self, sequence: Sequence) -> None:

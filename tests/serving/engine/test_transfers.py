@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cache.messages import LoadGrant, LoadQuery, StoreGrant, StoreOffer
+from cache.extent import Origin
+from cache.messages import LoadGrant, LoadQuery, PurgeQuery, StoreGrant, StoreOffer
 from cache.node_store import NodeStore, NodeStoreConfig
 from cache.occupancy import Budgets
 from cache.tiers.memory import MemoryTier
@@ -341,3 +342,17 @@ def test_prefill_that_has_all_in_its_pool_hands_it_off_without_computing(tiny_mo
         handoff.submit(prompt, SamplingParams(2, temperature=0.0), "again").wait()
         assert handoff.announced == [(BLOCK_SIZE * 4, True)]
         assert prefill.engine.counters["computed_tokens"] == computed
+
+
+def test_a_purge_ends_when_nothing_more_is_on_its_way_into_the_store(tiny_model_dir: Path) -> None:
+    prompt = prompt_of(BLOCK_SIZE * 3 + 5)
+    with gated_store() as store, running(make_engine(tiny_model_dir, store)) as engine:
+        store.stores.shut()
+        engine.submit(prompt, SamplingParams(1, temperature=0.0), origin=Origin("acme")).wait()
+        store.stores.wait_for_caller()
+        purged = engine.engine.purge(PurgeQuery("acme"))
+        with pytest.raises(TimeoutError):
+            purged.result(0.1)
+        store.stores.open()
+        assert purged.result(TIMEOUT_S) == -(-len(prompt) // BLOCK_SIZE)
+        assert store.purge(PurgeQuery("acme")).num_tokens == len(prompt)
