@@ -22,7 +22,6 @@ from cache.messages import LoadQuery, StoreOffer
 from cache.node_store import NodeStoreConfig
 from cache.occupancy import Budgets
 from tests.cache.chains import ROOT
-from tests.ray_session import private_ray
 
 BLOCK_SIZE = 32
 SHAPE = KVShape(4, 2, 32, "float32")
@@ -47,10 +46,15 @@ def second_node() -> Iterator[tuple[str, Node]]:
     )
     node = Node(params, head=False, shutdown_at_exit=True, spawn_reaper=True)
     try:
-        wait_until(lambda: sum(each["Alive"] for each in ray.nodes()) == 2)  # type: ignore[no-untyped-call]
+        wait_until(lambda: node.node_id in alive_nodes())
         yield str(node.node_id), node
     finally:
         node.kill_all_processes(check_alive=False, allow_graceful=False)
+
+
+def alive_nodes() -> set[str]:
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return {each["NodeID"] for each in nodes if each["Alive"]}
 
 
 def wait_until(holds: Callable[[], bool], timeout_s: float = 60.0) -> None:
@@ -83,8 +87,8 @@ def read(client: WarehouseClient) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("tier", [Tier.DRAM, Tier.DISK])
-def test_blocks_of_another_node_come_through_its_store(tmp_path: Path, tier: Tier) -> None:
-    with private_ray(object_store_memory=100 << 20, log_to_driver=False), second_node() as (node_id, _):
+def test_blocks_of_another_node_come_through_its_store(local_ray: str, tmp_path: Path, tier: Tier) -> None:
+    with second_node() as (node_id, _):
         handle = store_there(node_id, tmp_path / "w")
         client = connect(node_id, is_local=False)
         if tier is Tier.DISK:
@@ -96,8 +100,8 @@ def test_blocks_of_another_node_come_through_its_store(tmp_path: Path, tier: Tie
         assert client.speeds == {}, "another node's bandwidth says nothing of this one's tiers"
 
 
-def test_the_owners_death_in_the_middle_is_a_miss_for_the_rest(tmp_path: Path) -> None:
-    with private_ray(object_store_memory=100 << 20, log_to_driver=False), second_node() as (node_id, node):
+def test_the_owners_death_in_the_middle_is_a_miss_for_the_rest(local_ray: str, tmp_path: Path) -> None:
+    with second_node() as (node_id, node):
         handle = store_there(node_id, tmp_path / "w")
         client = connect(node_id, is_local=False)
         came: list[int] = []
