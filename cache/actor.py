@@ -17,6 +17,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cache.client import READ_TIMEOUT_S, WarehouseClient
+from cache.encryption import Vault, open_vault
 from cache.errors import FolderError, StoreUnavailable
 from cache.events import DeviceBlocks, EventBatch, ReplicaLoad, Tier
 from cache.extent import Image
@@ -48,6 +49,8 @@ class NodeStoreOptions:
     fsync: bool = True
     lock_wait_s: float = LOCK_WAIT_S
     """How long to wait for a folder that another process still holds."""
+    encryption_key_file: Path | None = None
+    """Encrypt the disk tier with the key in this file of the node. The key itself never goes through Ray."""
 
 
 class NodeStoreActor:
@@ -68,7 +71,8 @@ class NodeStoreActor:
         if options.directory is not None:
             directory = Path(str(options.directory).replace("{node}", node_id))
             report = logging.getLogger("tokenloft.warehouse").info
-            disk = FileTier(directory, fsync=options.fsync, report=report, lock_wait_s=options.lock_wait_s)
+            vault = open_vault(options.encryption_key_file)
+            disk = FileTier(directory, fsync=options.fsync, report=report, lock_wait_s=options.lock_wait_s, vault=vault)
         return NodeStore(options.config, ObjectStoreTier(), disk, node_id=node_id)
 
     @property
@@ -281,9 +285,14 @@ class RayStorePort:
         return stats
 
 
-def connect(node_id: str, *, is_local: bool, read_timeout_s: float = READ_TIMEOUT_S) -> WarehouseClient:
-    """A client of the node store on `node_id`; `is_local` if this process runs on that node."""
-    return WarehouseClient(RayStorePort(node_id), _fetch, is_local, _prefetch, read_timeout_s)
+def connect(
+    node_id: str, *, is_local: bool, read_timeout_s: float = READ_TIMEOUT_S, vault: Vault | None = None
+) -> WarehouseClient:
+    """A client of the node store on `node_id`; `is_local` if this process runs on that node.
+
+    `vault` decrypts that node's files where it is local; other nodes' stores send what they have decrypted.
+    """
+    return WarehouseClient(RayStorePort(node_id), _fetch, is_local, _prefetch, read_timeout_s, vault)
 
 
 def _prefetch(source: list[Any]) -> None:

@@ -5,6 +5,7 @@ tier hands out (an array, a Ray object); files of the same node are read by this
 into aligned memory. Every block is verified before it is passed on: fingerprint, token ids, checksum.
 """
 
+import errno
 import math
 import time
 from collections import deque
@@ -14,13 +15,16 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any, Protocol
 
-from cache.errors import ExtentCorrupt, ReadTimedOut, StoreUnavailable
+from cache.encryption import Vault
+from cache.errors import ExtentCorrupt, ExtentLocked, ReadTimedOut, StoreUnavailable
 from cache.events import DeviceBlocks, ReplicaLoad, Tier
 from cache.extent import ExtentHeader, Image, allocate_image, seal
 from cache.messages import LoadGrant, LoadPiece, LoadQuery, StoreGrant, StoreOffer
 from cache.read_ahead import Block, ReadAhead
 
 READ_TIMEOUT_S = 5.0
+_OWN_LIMITS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+"""Errors that tell of this process or machine, and nothing of the file."""
 NUM_IN_FLIGHT = 4
 """Images of another node that are on their way while one is being verified."""
 
@@ -67,6 +71,8 @@ class WarehouseClient:
     """Starts to bring a dram piece's source from another node."""
     read_timeout_s: float = READ_TIMEOUT_S
     """A disk that gives nothing for this long counts as a miss."""
+    vault: Vault | None = None
+    """Decrypts files. Those that it has no key for are misses."""
     speeds: dict[Tier, TierSpeed] = field(default_factory=dict)
     _files_again_at: float = -math.inf
 
@@ -87,7 +93,7 @@ class WarehouseClient:
         """The granted blocks in order. Stops early, without an error, at the first one that can't be had."""
         pieces = self._worth_trying(grant.pieces)
         images = self._images_ahead([piece for piece in pieces if not self._is_file(piece)])
-        ahead = ReadAhead(query, pieces, images, self._is_file, self.read_timeout_s)
+        ahead = ReadAhead(query, pieces, images, self._is_file, self.read_timeout_s, self.vault)
         try:
             for piece in pieces:
                 started = time.perf_counter()
@@ -96,13 +102,15 @@ class WarehouseClient:
                     self._note_speed(piece.tier, chunk.num_bytes, time.perf_counter() - started)
                     started = time.perf_counter()
         except (ExtentCorrupt, OSError) as error:
+            if isinstance(error, OSError) and error.errno in _OWN_LIMITS:
+                return  # a good file must not go for it
             with suppress(StoreUnavailable):
                 self.port.report_bad(piece.extent_id, piece.tier, str(error))
         except ReadTimedOut as hang:
             self._files_again_at = time.monotonic() + self.read_timeout_s
             with suppress(StoreUnavailable):
                 self.port.report_hang(str(hang))
-        except StoreUnavailable:
+        except (ExtentLocked, StoreUnavailable):
             return
         finally:
             ahead.close()

@@ -214,7 +214,7 @@ class DiskWorker:
             self._disk.write(header, self._dram.get(extent_id))
         except KeyError:
             self._give_up(extent_id)  # found bad and dropped meanwhile
-        except StoreUnavailable as lost:
+        except (ExtentCorrupt, StoreUnavailable) as lost:
             self.quarantine(extent_id, Tier.DRAM, str(lost))
             self._give_up(extent_id)
         except _LowSpace as low:
@@ -344,7 +344,7 @@ class DiskWorker:
             return
         with self._changed:
             self._removals.clear()
-            self.apply(self._ledger.disk.replace_disk(self._disk.recover()))
+            self.apply(self._ledger.disk.replace_disk(self._disk.recover(), self._disk.recover_locked()))
             self._changed.notify_all()
         logger.warning("the warehouse's folder was taken away: a new one is in its place")
 

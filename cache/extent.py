@@ -15,7 +15,7 @@ once and never changed. Nothing in here is pickled.
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import msgpack
 import numpy as np
@@ -37,6 +37,8 @@ from cache.hashing import (
 Image = npt.NDArray[np.uint8]
 
 MAGIC = b"TLEXTENT"
+LOCKED_MAGIC = b"TLLOCKED"
+"""Of an encrypted file, see `cache.locked`."""
 FORMAT_VERSION = 2
 ALIGNMENT = 4096
 _PREFIX = struct.Struct("<8sIIQ")
@@ -234,14 +236,18 @@ def aligned_empty(num_bytes: int) -> Image:
 def seal(header: ExtentHeader, image: Image) -> None:
     """Write header and checksums in front of a payload that is in place."""
     sums = np.array([_checksum(image, *header.block_range(i)) for i in range(header.num_blocks)], _CHECKSUM)
-    front = _pack_front(header, sums.tobytes())
+    put_front(_pack_header(header, sums.tobytes()), header, image)
+
+
+def put_front(front: bytes, header: ExtentHeader, image: Image) -> None:
+    """Write what comes before the payload."""
     if len(front) > header.payload_offset:
         raise ValueError(f"a header of {len(front)} bytes does not fit before the payload at {header.payload_offset}")
     image[: len(front)] = np.frombuffer(front, np.uint8)
     image[len(front) : header.payload_offset] = 0
 
 
-def _pack_front(header: ExtentHeader, checksums: bytes) -> bytes:
+def _pack_header(header: ExtentHeader, checksums: bytes) -> bytes:
     shape = header.shape
     fields = {
         "root": header.root_hash,
@@ -255,8 +261,13 @@ def _pack_front(header: ExtentHeader, checksums: bytes) -> bytes:
         "dtype": shape.dtype,
         "checksums": checksums,
     }
+    return pack_front(MAGIC, fields)
+
+
+def pack_front(magic: bytes, fields: dict[str, Any]) -> bytes:
+    """Prefix and header of an image."""
     packed: bytes = msgpack.packb(fields)
-    return _PREFIX.pack(MAGIC, FORMAT_VERSION, len(packed), xxhash.xxh3_64_intdigest(packed)) + packed
+    return _PREFIX.pack(magic, FORMAT_VERSION, len(packed), xxhash.xxh3_64_intdigest(packed)) + packed
 
 
 def _checksum(image: Image, offset: int, end: int) -> int:
@@ -275,23 +286,38 @@ class SealedHeader:
         if xxhash.xxh3_64_intdigest(block.data) != self.checksums[index]:
             raise ExtentCorrupt(f"extent {self.header.extent_id}: checksum of block {index} does not match")
 
+    def plain_block(self, index: int, stored: Image, room: Image) -> Image:
+        """Block `index` as it was before it was stored: `stored` itself, or made of it in `room`."""
+        return stored
+
 
 def parse_header(front: Image | bytes) -> SealedHeader:
     """Read the header at the start of an image, of which at least the header's bytes must be given.
 
     Raises ExtentCorrupt for anything that is not a whole header of this format version.
     """
-    view = memoryview(front) if isinstance(front, bytes) else front.data
-    size, checksum = _unpack_prefix(view)
+    return _unpack(unpack_front(MAGIC, memoryview(front) if isinstance(front, bytes) else front.data))
+
+
+def unpack_front(magic: bytes, view: memoryview) -> bytes:
+    """The header at the start of an image, still packed. Raises ExtentCorrupt."""
+    found, size, checksum = _unpack_prefix(view)
+    if found != magic:
+        raise ExtentCorrupt(f"magic is {found!r}, not {magic!r}")
     packed = bytes(view[_PREFIX.size : _PREFIX.size + size])
     if len(packed) != size or xxhash.xxh3_64_intdigest(packed) != checksum:
         raise ExtentCorrupt("the header is cut short or its checksum does not match")
-    return _unpack(packed)
+    return packed
+
+
+def is_locked(front: bytes) -> bool:
+    """What begins like this is encrypted."""
+    return front.startswith(LOCKED_MAGIC)
 
 
 def front_bytes(front: bytes) -> int:
     """How many bytes at the start of an image `parse_header` needs, told by the first few. Raises ExtentCorrupt."""
-    size, _ = _unpack_prefix(memoryview(front))
+    _, size, _ = _unpack_prefix(memoryview(front))
     return _PREFIX.size + size
 
 
@@ -306,16 +332,16 @@ def verify_image(extent_id: str, image: Image) -> None:
         sealed.verify_block(index, image[begin:end])
 
 
-def _unpack_prefix(view: memoryview) -> tuple[int, int]:
-    """Size and checksum of the header that follows."""
+def _unpack_prefix(view: memoryview) -> tuple[bytes, int, int]:
+    """Magic; size and checksum of the header that follows."""
     if len(view) < _PREFIX.size:
         raise ExtentCorrupt(f"{len(view)} bytes are too few for an extent")
     magic, version, size, checksum = _PREFIX.unpack(view[: _PREFIX.size])
-    if magic != MAGIC:
+    if magic not in (MAGIC, LOCKED_MAGIC):
         raise ExtentCorrupt(f"magic is {magic!r}, not {MAGIC!r}")
     if version != FORMAT_VERSION:
         raise ExtentCorrupt(f"format version {version}, this program reads version {FORMAT_VERSION}")
-    return size, checksum
+    return magic, size, checksum
 
 
 def _unpack(packed: bytes) -> SealedHeader:

@@ -23,6 +23,8 @@ class Holdings:
         """Of the extents that can be found."""
         self._extents: dict[str, Extent] = {}
         self._superseded: OrderedDict[str, Extent] = OrderedDict()
+        self._used: list[list[Extent]] = []
+        """Chains that were used since the policies were told last."""
 
     def __len__(self) -> int:
         return len(self._extents)
@@ -88,14 +90,26 @@ class Holdings:
         del self._extents[extent.extent_id]
         self.tree.remove(extent)
 
-    def touch_chain(self, extents: Iterable[Extent]) -> None:
-        """Count as used, last to first, so that an ancestor is younger than its descendants."""
+    def note_use(self, extents: Iterable[Extent]) -> None:
+        """A chain was used. The policies are told later: a lookup does not wait for them."""
+        self._used.append(list(extents))
+
+    def settle_uses(self) -> None:
+        """Tell the policies, of each chain the last first, so that an ancestor is younger than its descendants."""
         dram, disk = self.policies[Tier.DRAM], self.policies[Tier.DISK]
-        for extent in reversed(list(extents)):
-            if extent.in_dram:
-                dram.touch(extent.header.extent_id)
-            if extent.on_disk:
-                disk.touch(extent.header.extent_id)
+        for chain in self._used:
+            for extent in reversed(chain):
+                if extent.in_dram:
+                    dram.touch(extent.header.extent_id)
+                if extent.on_disk:
+                    disk.touch(extent.header.extent_id)
+        self._used.clear()
+
+    def enter_tier(self, extent: Extent, tier: Tier) -> None:
+        """The extent has come into a tier: its policy orders it from now on."""
+        self.settle_uses()
+        header = extent.header
+        self.policies[tier].add(header.extent_id, header.shape.bytes_per_token)
 
     def _supersede(self, tail: Extent) -> None:
         if not tail.is_prepared:
@@ -134,9 +148,14 @@ class Holdings:
             and not any(child.takes_room_in(tier) and child not in picked for child in self.tree.children(extent))
         )
 
+    def victims(self, tier: Tier) -> Iterator[str]:
+        """Ids of all extents in a tier, the one to evict first at the front."""
+        self.settle_uses()
+        return self.policies[tier].victims()
+
     def _eviction_order(self, tier: Tier) -> Iterator[Extent]:
         yield from self._superseded.values()
-        for extent_id in self.policies[tier].victims():
+        for extent_id in self.victims(tier):
             yield self._extents[extent_id]
 
     # -- looking ------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from cache.extent import ExtentHeader, chain_header, split_into_extents
 from cache.extent_tree import Extent, Run
 from cache.hashing import block_hash, pack_tokens
 from cache.holdings import Holdings
+from cache.locked import LockedExtent
 from cache.messages import LoadQuery, PurgeQuery, PurgeReceipt, StoreOffer
 from cache.occupancy import Budgets, Drop, Occupancy
 from cache.write_behind import WriteBehind
@@ -54,20 +55,28 @@ class Purged:
     """Outcome of `purge`: what was deleted, and the drops that put it into effect."""
 
     receipt: PurgeReceipt
-    headers: list[ExtentHeader]
+    extent_ids: list[str]
     drops: list[Drop]
 
     def add(self, extent: Extent) -> None:
-        header, old = extent.header, self.receipt
-        self.headers.append(header)
+        header = extent.header
+        in_dram, on_disk = extent.image_bytes * extent.in_dram, extent.image_bytes * extent.on_disk
+        self._count(header.extent_id, header.num_blocks, header.num_tokens, in_dram, on_disk)
+
+    def add_locked(self, locked: LockedExtent) -> None:
+        self._count(locked.name, locked.num_blocks, locked.num_tokens, 0, locked.image_bytes)
+
+    def _count(self, extent_id: str, num_blocks: int, num_tokens: int, dram_bytes: int, disk_bytes: int) -> None:
+        old = self.receipt
+        self.extent_ids.append(extent_id)
         self.receipt = replace(
             old,
             num_extents=old.num_extents + 1,
-            num_blocks=old.num_blocks + header.num_blocks,
-            num_tokens=old.num_tokens + header.num_tokens,
-            dram_bytes=old.dram_bytes + extent.image_bytes * extent.in_dram,
-            disk_bytes=old.disk_bytes + extent.image_bytes * extent.on_disk,
-            num_files=old.num_files + extent.on_disk,
+            num_blocks=old.num_blocks + num_blocks,
+            num_tokens=old.num_tokens + num_tokens,
+            dram_bytes=old.dram_bytes + dram_bytes,
+            disk_bytes=old.disk_bytes + disk_bytes,
+            num_files=old.num_files + (disk_bytes > 0),
         )
 
 
@@ -113,11 +122,12 @@ class Ledger:
             return []
         self.counters["load_hits"] += 1
         self._lease(query.owner, (run.extent for run in found), now)
-        self.held.touch_chain(run.extent for run in (*before, *found))
+        self.held.note_use(run.extent for run in (*before, *found))
         return found
 
     def complete_load(self, owner: str) -> list[Drop]:
         """End all leases of `owner`."""
+        self.held.settle_uses()
         drops: list[Drop] = []
         lease = self._leases.pop(owner, None)
         for extent in lease.extents if lease else ():
@@ -255,7 +265,7 @@ class Ledger:
             return False
         extent.in_dram = True
         self.held.show(extent)
-        self.held.policies[Tier.DRAM].add(extent_id)
+        self.held.enter_tier(extent, Tier.DRAM)
         self.disk.enqueue(extent)
         if extent.handoff_owner is not None:
             self._lease(extent.handoff_owner, [extent], now)
@@ -276,6 +286,7 @@ class Ledger:
 
     def expire(self, now: float) -> list[Drop]:
         """Leases and reservations whose owners have died, and handoffs that found no room before."""
+        self.held.settle_uses()
         drops: list[Drop] = []
         for owner in [o for o, lease in self._leases.items() if lease.expires_at <= now]:
             drops += self.complete_load(owner)
@@ -309,7 +320,18 @@ class Ledger:
             for tier in (Tier.DRAM, Tier.DISK):
                 if extent.is_in(tier):
                     purged.drops += self.room.leave(extent, tier)
+        self._purge_locked(query, purged)
         return purged
+
+    def _purge_locked(self, query: PurgeQuery, purged: Purged) -> None:
+        """Whose session stored an encrypted extent can't be told without its key: such a purge leaves them all."""
+        for locked in list(self.room.locked.values()):
+            is_meant = query.means(locked)
+            if is_meant is None:
+                purged.receipt = replace(purged.receipt, num_unknown=purged.receipt.num_unknown + 1)
+            elif is_meant:
+                purged.add_locked(locked)
+                purged.drops.append(self.room.leave_locked(locked))
 
     def _histories_of_others(self, extents: set[Extent]) -> set[Extent]:
         """Those of the extents that others hang on."""

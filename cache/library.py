@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from cache.client import WarehouseClient
 from cache.disk_worker import DiskConfig
+from cache.encryption import open_vault
 from cache.extent import ExtentHeader, Image, KVShape
 from cache.fingerprint import Fingerprint
 from cache.hashing import TokenIds, as_token_ids, chain_hashes
@@ -39,18 +40,21 @@ class Warehouse:
         dram_bytes: int = 1 << 30,
         disk_bytes: int = 16 << 30,
         lock_wait_s: float = LOCK_WAIT_S,
+        encryption_key_file: str | Path | None = None,
     ) -> None:
         """What is stored under another fingerprint is never found. Raises FolderError if the folder can't be used.
 
-        `lock_wait_s`: how long to wait for a folder that another process still holds.
+        `lock_wait_s`: how long to wait for a folder that another process still holds. `encryption_key_file`: what is
+        on disk is encrypted with the key in this file, 32 bytes or 64 hex digits, which its owner alone may read.
         """
         self._root_hash = fingerprint.root_hash()
         self._block_size = fingerprint.block_size
         self._shape = shape
-        disk = FileTier(Path(directory), lock_wait_s=lock_wait_s) if directory is not None else None
+        vault = open_vault(Path(encryption_key_file)) if encryption_key_file is not None else None
+        disk = FileTier(Path(directory), lock_wait_s=lock_wait_s, vault=vault) if directory is not None else None
         budgets = Budgets(dram_bytes, disk_bytes, 0)
         self.node_store = NodeStore(NodeStoreConfig(budgets, DiskConfig()), MemoryTier(), disk)
-        self._client = WarehouseClient(self.node_store)
+        self._client = WarehouseClient(self.node_store, vault=vault)
 
     def __repr__(self) -> str:
         return f"<Warehouse {self.node_store!r}>"

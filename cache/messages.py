@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from cache.events import Tier
 from cache.extent import NOBODY, ExtentHeader, KVShape, Origin
 from cache.hashing import BlockHash, TokenIds
+from cache.locked import LockedExtent
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,8 @@ class StoreStats:
     handoff_budget_bytes: int
     dirty_bytes: int
     num_recovered_blocks: int
+    num_locked_extents: int = 0
+    """On disk, but encrypted with a key that is not here: they only take room."""
     num_extents_to_scrub: int = 0
     """Left of the present round."""
     counters: dict[str, int] = field(default_factory=dict)
@@ -121,8 +124,13 @@ class PurgeQuery:
         if self.tenant is None and self.session is None and self.root_hash is None:
             raise ValueError("a purge needs a tenant, a session or a fingerprint")
 
-    def means(self, header: ExtentHeader) -> bool:
-        return self.means_all_of(header.root_hash, header.origin)
+    def means(self, extent: ExtentHeader | LockedExtent) -> bool | None:
+        """None if only the key of an encrypted extent can tell."""
+        if isinstance(extent, ExtentHeader):
+            return self.means_all_of(extent.root_hash, extent.origin)
+        if self.tenant not in (None, extent.tenant) or self.root_hash not in (None, extent.root_hash):
+            return False
+        return True if self.session is None else None
 
     def means_all_of(self, root_hash: BlockHash, origin: Origin) -> bool:
         """Whether KV of this fingerprint and this origin is meant."""
@@ -147,6 +155,8 @@ class PurgeReceipt:
     """Blocks of the session that are also the history of another one, and stay for it."""
     num_left: int = 0
     """Extents that a lookup still found afterwards; anything but 0 means that the disk refused to delete."""
+    num_unknown: int = 0
+    """Encrypted extents that may belong to the session: without their key that can't be told, and they stay."""
 
     @classmethod
     def sum_of(cls, receipts: Sequence["PurgeReceipt"]) -> "PurgeReceipt":

@@ -18,6 +18,7 @@ from cache.collector import paused_collector
 from cache.disk_worker import DiskConfig, DiskWorker
 from cache.errors import ExtentCorrupt, StoreUnavailable
 from cache.events import DeviceBlocks, Event, EventBatch, EventLog, ReplicaGone, ReplicaLoad, Tier
+from cache.eviction import POLICIES, PolicyName
 from cache.extent import Image
 from cache.extent_tree import Run
 from cache.hashing import BlockHash, iter_hashes
@@ -25,6 +26,7 @@ from cache.ledger import Ledger
 from cache.messages import LoadGrant, LoadPiece, LoadQuery, PurgeQuery, PurgeReceipt, StoreGrant, StoreOffer, StoreStats
 from cache.occupancy import Budgets
 from cache.scrubber import Scrubber
+from cache.steady_clock import SteadyClock
 from cache.tiers.interface import DiskTier, DramTier
 
 logger = logging.getLogger("tokenloft.warehouse")
@@ -43,6 +45,8 @@ class NodeStoreConfig:
     """An engine that has not reported for this long is gone."""
     scrub_bytes_per_s: float = 0.0
     """What is on disk is read again in the background at this rate, once a day; 0: it is not."""
+    eviction: PolicyName = "reuse"
+    """Which extents leave a full tier."""
 
 
 class NodeStore:
@@ -59,19 +63,20 @@ class NodeStore:
     ) -> None:
         if disk is None:
             config = replace(config, budgets=replace(config.budgets, disk_bytes=0))
+        clock = SteadyClock(clock)
         self._config = config
         self._dram = dram
         self._disk = disk
         self._clock = clock
         self._changed = threading.Condition()
         self._events = EventLog(node_id, uuid.uuid4().hex, self._snapshot)
-        self._ledger = Ledger(config.budgets, self._events.append, lease_ttl_s=config.lease_ttl_s)
+        self._ledger = Ledger(config.budgets, self._events.append, POLICIES[config.eviction], config.lease_ttl_s)
         self._devices: dict[str, _Device] = {}
         self._is_closed = False
         self._worker = DiskWorker(config.disk, self._ledger, self._changed, dram, disk, clock, self._expire)
         if disk is not None:
             with self._changed, paused_collector():
-                self._worker.apply(self._ledger.disk.recover(disk.recover()))
+                self._worker.apply(self._ledger.disk.recover(disk.recover(), disk.recover_locked()))
         self._num_recovered_blocks = self._ledger.held.num_blocks
         self._worker.start()
         self._scrubber: Scrubber | None = None
@@ -214,7 +219,7 @@ class NodeStore:
         with self._changed, self._worker.hurrying():
             purged = self._ledger.purge(query)
             self._worker.apply(purged.drops)
-            ids = {header.extent_id for header in purged.headers}
+            ids = set(purged.extent_ids)
             while self._clock() < deadline and self._worker.is_busy_with(ids):
                 self._changed.wait(0.05)
         try:
@@ -287,6 +292,7 @@ class NodeStore:
                 handoff_budget_bytes=budgets.handoff_bytes,
                 dirty_bytes=room.dirty_bytes,
                 num_recovered_blocks=self._num_recovered_blocks,
+                num_locked_extents=len(room.locked),
                 num_extents_to_scrub=self._scrubber.num_left if self._scrubber is not None else 0,
                 counters=dict(ledger.counters),
             )
@@ -324,7 +330,7 @@ class NodeStore:
         if self._disk is None:
             return
         try:
-            self._disk.save_order(list(self._ledger.held.policies[Tier.DISK].victims()))
+            self._disk.save_order(list(self._ledger.held.victims(Tier.DISK)))
         except OSError as error:
             logger.warning("the order of use could not be saved: %s", error)
         self._disk.close()

@@ -4,13 +4,14 @@ Pure bookkeeping, part of the ledger (`cache.ledger`), whose invariants hold her
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from cache.events import Event, ExtentRemoved, ExtentStored, Tier
 from cache.extent_tree import Extent
 from cache.holdings import Holdings
+from cache.locked import LockedExtent
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,8 @@ class Occupancy:
         self.writing: dict[str, Extent] = {}
         self.unsettled: dict[str, Extent] = {}
         """Handoffs without readers that found no room in the cache yet."""
+        self.locked: dict[str, LockedExtent] = {}
+        """On disk, but encrypted with a key that is not here, oldest first, by name: they go before all others."""
         self._publish = publish
 
     @property
@@ -75,12 +78,37 @@ class Occupancy:
             return not extent.is_promoting
 
         budget = self.budgets.dram_bytes if tier is Tier.DRAM else self.budgets.disk_bytes
-        picked = self.held.pick_victims(tier, self.used_bytes[tier] + num_bytes - budget, may_evict)
+        needed_bytes = self.used_bytes[tier] + num_bytes - budget
+        locked = self._pick_locked(needed_bytes) if tier is Tier.DISK else []
+        picked = self.held.pick_victims(tier, needed_bytes - sum(each.image_bytes for each in locked), may_evict)
         if picked is None:
             return None
-        if picked:
-            self.counters[f"evicted_{tier.value}_extents"] += len(picked)
-        return [drop for extent in picked for drop in self.leave(extent, tier)]
+        if picked or locked:
+            self.counters[f"evicted_{tier.value}_extents"] += len(picked) + len(locked)
+        drops = [self.leave_locked(each) for each in locked]
+        return drops + [drop for extent in picked for drop in self.leave(extent, tier)]
+
+    def _pick_locked(self, num_bytes: int) -> list[LockedExtent]:
+        """For `num_bytes`, or all of them."""
+        picked: list[LockedExtent] = []
+        for each in self.locked.values() if num_bytes > 0 else ():
+            picked.append(each)
+            num_bytes -= each.image_bytes
+            if num_bytes <= 0:
+                break
+        return picked
+
+    def enter_locked(self, locked: Iterable[LockedExtent]) -> None:
+        """They are on disk."""
+        for each in locked:
+            self.locked[each.name] = each
+            self.used_bytes[Tier.DISK] += each.image_bytes
+
+    def leave_locked(self, locked: LockedExtent) -> Drop:
+        """Take it from the disk."""
+        del self.locked[locked.name]
+        self.used_bytes[Tier.DISK] -= locked.image_bytes
+        return Drop(locked.name, Tier.DISK)
 
     def may_leave_dram(self, extent: Extent) -> bool:
         """It is durable, or was refused by the disk, or is worthless."""
@@ -127,6 +155,7 @@ class Occupancy:
         handoff = sum(e.image_bytes for e in in_dram if e.is_handoff)
         dram = sum(e.image_bytes for e in in_dram if not e.is_handoff)
         disk = sum(e.image_bytes for e in self.held if e.takes_room_in(Tier.DISK))
+        disk += sum(each.image_bytes for each in self.locked.values())
         assert (handoff, dram, disk) == (self.handoff_bytes, self.used_bytes[Tier.DRAM], self.used_bytes[Tier.DISK])
         assert dram <= self.budgets.dram_bytes
         assert disk <= self.budgets.disk_bytes

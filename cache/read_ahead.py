@@ -14,12 +14,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from cache.encryption import UnlockedHeader, Vault
 from cache.errors import ExtentCorrupt, ReadTimedOut
 from cache.events import Tier
 from cache.extent import Image, SealedHeader, aligned_empty, parse_header
 from cache.hashing import TOKEN_BYTES, pack_tokens
 from cache.messages import LoadPiece, LoadQuery
-from cache.tiers.disk import read_all, read_sealed_header
+from cache.tiers.extent_file import read_all, read_sealed_header
 
 NUM_BUFFERS = 3
 CHUNK_BYTES = 4 << 20
@@ -64,12 +65,19 @@ class ReadAhead:
         images: Iterator[Image],
         is_file: Callable[[LoadPiece], bool],
         timeout_s: float,
+        vault: Vault | None = None,
     ) -> None:
-        """`images` gives, in order, the images of those pieces that are no files; it is walked by the thread."""
+        """`images` gives, in order, the images of those pieces that are no files; it is walked by the thread.
+
+        `vault` decrypts files.
+        """
         self._query = query
         self._images = images
         self._is_file = is_file
         self._timeout_s = timeout_s
+        self._vault = vault
+        self._encrypted = aligned_empty(0)
+        """What is encrypted is read in here, and decrypted into a chunk's buffer."""
         self._free: queue.SimpleQueue[Image | None] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue[Chunk | Exception] = queue.SimpleQueue()
         for _ in range(NUM_BUFFERS):
@@ -88,7 +96,7 @@ class ReadAhead:
         """The blocks of the next piece in order. A chunk's content is valid until the next one is asked for.
 
         Raises ReadTimedOut if the disk does not answer, OSError or ExtentCorrupt for what can't be read,
-        StoreUnavailable for an image that has gone.
+        ExtentLocked for an encrypted file without its key, StoreUnavailable for an image that has gone.
         """
         left = _num_blocks(piece, self._query)
         while left > 0:
@@ -124,7 +132,7 @@ class ReadAhead:
     def _read_file(self, piece: LoadPiece) -> Iterator[Chunk]:
         fd = os.open(piece.source, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            sealed = read_sealed_header(fd)
+            sealed = read_sealed_header(fd, self._vault)
             header = sealed.header
             if header.image_bytes != os.fstat(fd).st_size:  # before there is memory for what it claims to hold
                 raise ExtentCorrupt("the file is cut short or too long")
@@ -134,10 +142,17 @@ class ReadAhead:
                 if len(buffer) < stop - begin:
                     buffer = aligned_empty(stop - begin)
                 content = buffer[: stop - begin]
+                if isinstance(sealed, UnlockedHeader):
+                    content = self._room_for_encrypted(stop - begin)
                 read_all(fd, content, begin)
                 yield from self._verified(piece, sealed, first, end, content, begin, buffer)
         finally:
             os.close(fd)
+
+    def _room_for_encrypted(self, num_bytes: int) -> Image:
+        if len(self._encrypted) < num_bytes:
+            self._encrypted = aligned_empty(num_bytes)
+        return self._encrypted[:num_bytes]
 
     def _read_image(self, piece: LoadPiece) -> Iterator[Chunk]:
         image = next(self._images)
@@ -167,7 +182,8 @@ class ReadAhead:
             for index in range(first, end):
                 at = index - piece.index_in_extent
                 begin, stop = header.block_range(index)
-                payload = content[begin - offset : stop - offset]
+                place = slice(begin - offset, stop - offset)
+                payload = sealed.plain_block(index, content[place], buffer[place])
                 num_tokens = min(block_size, piece.num_tokens - at * block_size)
                 verify_block(sealed, index, payload, self._query, piece.first_block + at, num_tokens)
                 stored_tokens = len(header.block_tokens(index)) // TOKEN_BYTES

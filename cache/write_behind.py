@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable
 from cache.events import Tier
 from cache.extent import ExtentHeader
 from cache.extent_tree import Extent
+from cache.locked import LockedExtent
 from cache.occupancy import Drop, Occupancy
 
 
@@ -60,7 +61,7 @@ class WriteBehind:
             self._held.remove(extent)
             return [Drop(extent_id, Tier.DISK)]
         extent.on_disk = True
-        self._held.policies[Tier.DISK].add(extent_id)
+        self._held.enter_tier(extent, Tier.DISK)
         room.announce(extent, Tier.DISK)
         room.counters["written_extents"] += 1
         return []
@@ -83,29 +84,28 @@ class WriteBehind:
 
     # -- what the folder holds --------------------------------------------------------------------------
 
-    def recover(self, headers: Iterable[ExtentHeader]) -> list[Drop]:
-        """Enter the extents that were found on disk, least recently used first.
+    def recover(self, headers: Iterable[ExtentHeader], locked: Iterable[LockedExtent] = ()) -> list[Drop]:
+        """Enter the extents that were found on disk, least recently used first; `locked` ones only take room.
 
         Drops those whose blocks lie in another one already, and what is over the budget.
         """
         room = self._occupancy
         extents = [Extent(header, header.image_bytes, on_disk=True) for header in headers]
         left_out = self._held.add_recovered(extents)
-        num_bytes = 0
-        policy = self._held.policies[Tier.DISK]
-        for extent in extents:
-            if not extent.is_prepared:
-                num_bytes += extent.image_bytes
-                policy.add(extent.header.extent_id)
-        room.used_bytes[Tier.DISK] += num_bytes
+        entered = [extent for extent in extents if not extent.is_prepared]
+        self._held.policies[Tier.DISK].restore((e.header.extent_id, e.header.shape.bytes_per_token) for e in entered)
+        room.used_bytes[Tier.DISK] += sum(extent.image_bytes for extent in entered)
+        room.enter_locked(locked)
         drops = [Drop(extent.extent_id, Tier.DISK) for extent in left_out]
         return drops + (room.make_room(Tier.DISK, 0) or [])
 
-    def replace_disk(self, headers: Iterable[ExtentHeader]) -> list[Drop]:
+    def replace_disk(self, headers: Iterable[ExtentHeader], locked: Iterable[LockedExtent] = ()) -> list[Drop]:
         """Another folder is in the place of the one known: these extents are in it, and no others."""
         for extent in [e for e in self._held if e.on_disk]:
             self.discard(extent, Tier.DISK)
-        return self.recover(headers)
+        for each in list(self._occupancy.locked.values()):
+            self._occupancy.leave_locked(each)
+        return self.recover(headers, locked)
 
     def discard(self, extent: Extent, tier: Tier) -> list[Drop]:
         """Forget an image, leased or not. One that is still in dram is written again."""
@@ -139,7 +139,7 @@ class WriteBehind:
         extent.is_promoting = False
         if succeeded and extent.on_disk:
             extent.in_dram = True
-            self._held.policies[Tier.DRAM].add(extent_id)
+            self._held.enter_tier(extent, Tier.DRAM)
             room.announce(extent, Tier.DRAM)
             room.counters["promoted_extents"] += 1
             return True

@@ -108,6 +108,7 @@ def engine_options(plan: Plan, role: Literal["prefill", "decode"]) -> EngineOpti
         max_running=config.decode.max_running,
         num_threads=budgets.prefill_threads if is_prefill else budgets.decode_threads,
         remote_threshold_tokens=config.prefill.remote_threshold_tokens,
+        encryption_key_file=config.cache.encryption_key_file,
     )
 
 
@@ -149,9 +150,11 @@ def node_store_options(config: Config, budgets: Budgets) -> NodeStoreOptions:
             DiskConfig(cache.min_free_bytes, cache.fsync_interval_s if cache.fsync == "batched" else 0.0),
             lease_ttl_s=cache.lease_ttl_s,
             scrub_bytes_per_s=cache.scrub_bytes_per_s,
+            eviction=cache.eviction,
         ),
         directory,
         fsync=cache.fsync != "never",
+        encryption_key_file=cache.encryption_key_file,
     )
 
 

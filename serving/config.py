@@ -19,6 +19,8 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from cache.eviction import PolicyName
+
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": 2**40}
@@ -47,6 +49,12 @@ def _absolute(value: object) -> object:
     return Path(os.path.expanduser(value)).absolute()  # noqa: PTH111 - Path's own raises on ~nobody
 
 
+def _absolute_file(value: object) -> object:
+    if not isinstance(value, str | Path):
+        raise ValueError("should be the path of a file")
+    return _absolute(value)
+
+
 def _check_device(value: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
         raise ValueError("should be auto, cpu, cuda or cuda:N")
@@ -65,6 +73,7 @@ def is_loopback(host: str) -> bool:
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
 Folder = Annotated[Path, BeforeValidator(_absolute)]
+File = Annotated[Path, BeforeValidator(_absolute_file)]
 
 
 class Section(BaseModel):
@@ -154,10 +163,12 @@ class CacheConfig(Section):
     disk_bytes: Bytes | None = Field(default=None, description="Budget of the disk tier; null: a share of the disk")
     min_free_bytes: Bytes = Field(default=GIB, description="Disk space always left free")
     handoff_bytes: Bytes | None = Field(default=None, description="KV between prefill and decode; null: automatic")
+    eviction: PolicyName = Field(default="reuse", description="Which extents leave a full tier")
     fsync: Literal["always", "batched", "never"] = Field(default="batched", description="What a power cut may lose")
     fsync_interval_s: float = Field(default=0.05, gt=0, le=60, description="Longest wait of a batch")
     dirty_bytes: Bytes | None = Field(default=None, description="Most that waits to be written; null: half of dram")
     lease_ttl_s: float = Field(default=60.0, gt=0, description="A claim on an extent ends after this")
+    encryption_key_file: File | None = Field(default=None, description="Key of the disk tier; null: not encrypted")
     scrub_bytes_per_s: Bytes = Field(default=4_000_000, description="Stored files are checked at this rate; 0: never")
 
 

@@ -3,6 +3,8 @@
 Each member is an extent's image under the name `<extent id>.kv`, and says by itself what it is. A chain's beginning
 comes before what hangs on it, so that an import that runs out of room has kept something of use. Images are verified
 on both ways. What can't be verified is whether KV is what a model would compute: import only what you trust.
+
+Encrypted extents go out as they are, without their key too, and come in with their key only: they are encrypted anew.
 """
 
 import io
@@ -14,10 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from cache.errors import ArchiveError, ExtentCorrupt
-from cache.extent import ALIGNMENT, ExtentHeader, Image, aligned_empty, front_bytes, parse_header, verify_image
+from cache.encryption import UnlockedHeader, Vault, decrypt_image, open_front
+from cache.errors import ArchiveError, ExtentCorrupt, ExtentLocked
+from cache.extent import ALIGNMENT, ExtentHeader, Image, SealedHeader, aligned_empty, front_bytes, verify_image
 from cache.hashing import BlockHash, block_hash, iter_hashes
-from cache.tiers.disk import FileTier, read_image, whole_header
+from cache.locked import LockedExtent
+from cache.tiers.disk import FileTier
+from cache.tiers.extent_file import find_extent, read_image, verify_stored
 from cache.tiers.folder import extent_files
 
 Progress = Callable[[int, int], None]
@@ -40,6 +45,10 @@ class Exported:
     """Left out: their files are not whole."""
     num_gone: int = 0
     """Left out: evicted meanwhile by the folder's owner."""
+    num_unverified: int = 0
+    """Encrypted, and taken along without their key: only their headers and sizes were looked at."""
+    num_unknown: int = 0
+    """Left out: encrypted, and without their key it can't be told whether they are wanted."""
 
 
 @dataclass(slots=True)
@@ -54,6 +63,8 @@ class Imported:
     """Left out: all their blocks were there."""
     num_bad: int = 0
     """Left out: no whole extents of this format."""
+    num_locked: int = 0
+    """Left out: encrypted, and their key is not here."""
     num_without_room: int = 0
     """Left out: the budget is used up, or the file system full."""
 
@@ -61,47 +72,64 @@ class Imported:
 # -- writing ----------------------------------------------------------------------------------------
 
 
+Wanted = Callable[[ExtentHeader | LockedExtent], bool | None]
+"""Whether an extent is to be exported; None if an encrypted one does not tell."""
+
+
 def export_extents(
-    directory: Path, archive: Path, is_wanted: Callable[[ExtentHeader], bool], progress: Progress
+    directory: Path, archive: Path, is_wanted: Wanted, progress: Progress, vault: Vault | None = None
 ) -> Exported:
     """Write the extents that are wanted into a new archive, which appears when it is whole.
 
     Needs no ownership: files are immutable. Raises ArchiveError.
     """
     exported = Exported()
-    wanted = _wanted(directory, is_wanted, exported)
-    num_bytes = sum(header.image_bytes for _, header in wanted)
+    wanted = _wanted(directory, is_wanted, exported, vault)
+    num_bytes = sum(extent.image_bytes for _, extent in wanted)
     with _translated_errors(archive), _new_file(archive) as file, tarfile.open(fileobj=file, mode="w|") as tar:
-        for path, header in wanted:
-            image = _verified_image(path, exported)
+        for path, extent in wanted:
+            image = _verified_image(path, exported, vault)
             if image is None:
                 continue
             member = tarfile.TarInfo(path.name)
             member.size, member.mode = len(image), 0o600
             tar.addfile(member, io.BytesIO(image.data))
-            _count(exported, header)
+            _count(exported, extent)
             progress(exported.num_bytes, num_bytes)
     return exported
 
 
 def _wanted(
-    directory: Path, is_wanted: Callable[[ExtentHeader], bool], exported: Exported
-) -> list[tuple[Path, ExtentHeader]]:
-    wanted: list[tuple[Path, ExtentHeader]] = []
+    directory: Path, is_wanted: Wanted, exported: Exported, vault: Vault | None
+) -> list[tuple[Path, ExtentHeader | LockedExtent]]:
+    wanted: list[tuple[Path, ExtentHeader | LockedExtent]] = []
     for path in extent_files(directory):
-        header = whole_header(path)
-        if header is None:
+        found = find_extent(path, vault)
+        if found is None:
             _count_missing(path, exported)
-        elif is_wanted(header):
-            wanted.append((path, header))
-    wanted.sort(key=lambda each: (each[1].first_block, each[0].name))
+            continue
+        answer = is_wanted(found.best_known)
+        if answer is None:
+            exported.num_unknown += 1
+        elif answer:
+            wanted.append((path, found.best_known))
+    wanted.sort(key=_place)
     return wanted
 
 
-def _verified_image(path: Path, exported: Exported) -> Image | None:
+def _place(wanted: tuple[Path, ExtentHeader | LockedExtent]) -> tuple[int, str]:
+    """Beginnings first; where an encrypted one belongs, only its key tells."""
+    path, extent = wanted
+    return (extent.first_block if isinstance(extent, ExtentHeader) else 0), path.name
+
+
+def _verified_image(path: Path, exported: Exported, vault: Vault | None) -> Image | None:
+    """The file as it is."""
     try:
         image = read_image(path)
-        verify_image(path.stem, image)
+        verify_stored(path.stem, image, vault)
+    except ExtentLocked:
+        exported.num_unverified += 1
     except (OSError, ExtentCorrupt):
         _count_missing(path, exported)
         return None
@@ -115,11 +143,11 @@ def _count_missing(path: Path, exported: Exported) -> None:
         exported.num_gone += 1
 
 
-def _count(totals: Exported | Imported, header: ExtentHeader) -> None:
+def _count(totals: Exported | Imported, extent: ExtentHeader | LockedExtent) -> None:
     totals.num_extents += 1
-    totals.num_blocks += header.num_blocks
-    totals.num_tokens += header.num_tokens
-    totals.num_bytes += header.image_bytes
+    totals.num_blocks += extent.num_blocks
+    totals.num_tokens += extent.num_tokens
+    totals.num_bytes += extent.image_bytes
 
 
 @contextmanager
@@ -149,12 +177,14 @@ def import_extents(
     budget_bytes: int,
     min_free_bytes: int,
     progress: Progress,
+    vault: Vault | None = None,
 ) -> Imported:
     """Add the extents that are missing, of whatever fingerprint and tenant, while there is room.
 
-    `held` is what the folder has. Raises ArchiveError; what was imported before stays.
+    `held` is what the folder has; `vault` opens what is encrypted in the archive. Raises ArchiveError; what was
+    imported before stays.
     """
-    reader = _Reader(disk, held, budget_bytes, min_free_bytes)
+    reader = _Reader(disk, held, budget_bytes, min_free_bytes, vault)
     with _translated_errors(archive), archive.open("rb") as file:
         num_bytes = os.fstat(file.fileno()).st_size
         try:
@@ -174,9 +204,17 @@ def import_extents(
 class _Reader:
     """Takes one member after the other."""
 
-    def __init__(self, disk: FileTier, held: Iterable[ExtentHeader], budget_bytes: int, min_free_bytes: int) -> None:
+    def __init__(
+        self,
+        disk: FileTier,
+        held: Iterable[ExtentHeader],
+        budget_bytes: int,
+        min_free_bytes: int,
+        vault: Vault | None,
+    ) -> None:
         self.imported = Imported()
         self._disk = disk
+        self._vault = vault
         self._min_free_bytes = min_free_bytes
         self._known: set[BlockHash] = set()
         self._left_bytes = budget_bytes
@@ -194,14 +232,18 @@ class _Reader:
             self.imported.num_bad += 1
             return
         try:
-            header, front = _read_front(file, member.size)
+            sealed, front = _read_front(file, member.size, self._vault)
+            header = sealed.header
             if self._known.issuperset(iter_hashes(header.packed_hashes)):
                 self.imported.num_present += 1
                 return
             if not self._has_room(header):
                 self.imported.num_without_room += 1
                 return
-            image = _read_rest(file, header, front)
+            image = _read_rest(file, sealed, front)
+        except ExtentLocked:
+            self.imported.num_locked += 1
+            return
         except ExtentCorrupt:
             self.imported.num_bad += 1
             return
@@ -239,15 +281,16 @@ def _has_end(file: IO[bytes]) -> bool:
     return not any(file.read())
 
 
-def _read_front(file: IO[bytes], num_bytes: int) -> tuple[ExtentHeader, bytes]:
-    """The header of a member of `num_bytes`, and what had to be read of it. Raises ExtentCorrupt."""
+def _read_front(file: IO[bytes], num_bytes: int, vault: Vault | None) -> tuple[SealedHeader, bytes]:
+    """The header of a member of `num_bytes`, and what had to be read of it. Raises ExtentCorrupt, ExtentLocked."""
     front = file.read(ALIGNMENT)
     front += file.read(max(0, min(front_bytes(front), num_bytes) - len(front)))
-    header = parse_header(front).header
+    sealed = open_front(front, vault)
+    header = sealed.header
     if header.image_bytes != num_bytes:
         raise ExtentCorrupt(f"{num_bytes} bytes are not extent {header.extent_id}")
     _check_chain(header)
-    return header, front
+    return sealed, front
 
 
 def _check_chain(header: ExtentHeader) -> None:
@@ -259,7 +302,9 @@ def _check_chain(header: ExtentHeader) -> None:
             raise ExtentCorrupt(f"extent {header.extent_id}: block {index} holds other tokens than its hash says")
 
 
-def _read_rest(file: IO[bytes], header: ExtentHeader, front: bytes) -> Image:
+def _read_rest(file: IO[bytes], sealed: SealedHeader, front: bytes) -> Image:
+    """The whole image, in plain."""
+    header = sealed.header
     image = aligned_empty(header.image_bytes)
     view = image.data
     view[: len(front)] = front
@@ -267,6 +312,8 @@ def _read_rest(file: IO[bytes], header: ExtentHeader, front: bytes) -> Image:
     while piece := file.read(min(1 << 20, len(view) - at)):
         view[at : at + len(piece)] = piece
         at += len(piece)
+    if isinstance(sealed, UnlockedHeader):
+        return decrypt_image(sealed, image)
     verify_image(header.extent_id, image)
     return image
 

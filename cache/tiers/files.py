@@ -5,6 +5,7 @@ A seam for tests, which put full disks, I/O errors, kills and power cuts under t
 
 import errno
 import os
+import shutil
 from pathlib import Path
 
 
@@ -32,8 +33,13 @@ class Files:
         source.replace(target)
 
     def unlink(self, path: Path) -> None:
-        """Take a file's name away; one that has gone already is no error."""
-        path.unlink(missing_ok=True)
+        """Take a file's name away; one that has gone already is no error. A folder in its place goes with all in it."""
+        try:
+            path.unlink(missing_ok=True)
+        except OSError:
+            if not path.is_dir():
+                raise
+            shutil.rmtree(path)
 
     def make_folder(self, path: Path) -> bool:
         """Make a folder that only its owner may look into. False if it is there already."""

@@ -1,7 +1,7 @@
 """A warehouse's folder: its layout, its one owner, its format version.
 
 <directory>/
-  format.json            format version of the folder
+  format.json            format version of the folder; if something in it is encrypted, the id of the key
   lock                   held (flock) by the owner
   index.sqlite           rows `prepared`, then `complete`; can be rebuilt from the files' headers
   extents/ab/cd/<id>.kv  images as `cache.extent` describes them
@@ -33,10 +33,19 @@ class Folder:
     """An owned folder, from the constructor to `close`."""
 
     def __init__(
-        self, directory: Path, files: Files, report: Callable[[str], None], lock_wait_s: float = LOCK_WAIT_S
+        self,
+        directory: Path,
+        files: Files,
+        report: Callable[[str], None],
+        lock_wait_s: float = LOCK_WAIT_S,
+        key_id: str | None = None,
     ) -> None:
-        """Raises FolderError if the folder can't be used, FolderInUse if another process owns it."""
+        """`key_id`: of the key with which new files are encrypted.
+
+        Raises FolderError if the folder can't be used, FolderInUse if another process owns it.
+        """
         self.directory = directory
+        self._key_id = key_id
         self._extents = str(directory / "extents")
         self._files = files
         self._report = report
@@ -44,7 +53,7 @@ class Folder:
             self._make_folders()
             self._lock_fd: int | None = self._take_lock(lock_wait_s)
             try:
-                self._check_version()
+                self._check_format()
                 for leftover in (directory / "tmp").iterdir():
                     self._files.unlink(leftover)
             except (OSError, FolderError):
@@ -120,14 +129,15 @@ class Folder:
                 os.close(fd)
                 raise
 
-    def _check_version(self) -> None:
+    def _check_format(self) -> None:
         path = self.directory / _FORMAT
         if not path.exists():
-            self._write_version()
+            self._write_format()
             return
         try:
-            version = int(json.loads(path.read_bytes())["format"])
-        except (ValueError, KeyError, TypeError):
+            description = json.loads(path.read_bytes())
+            version, key_id = int(description["format"]), description.get("key")
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise FolderError(f"{path} is no description of a warehouse; is this the right folder?") from None
         if version > FOLDER_VERSION:
             raise FolderError(
@@ -136,7 +146,23 @@ class Folder:
             )
         if version < FOLDER_VERSION:
             self._leave_behind(version)
+        elif self._key_id not in (None, key_id):
+            self._take_key(key_id)
         self._files.sync(self.directory)  # whoever made all this may have died before
+
+    def _take_key(self, old: str | None) -> None:
+        if old is not None:
+            raise FolderError(
+                f"warehouse folder {self.directory} is encrypted with another key, {old}; the one that is given is "
+                f"{self._key_id}. Give the right one, choose another folder with --warehouse, or empty this one with "
+                "`tokenloft warehouse purge --all`."
+            )
+        self._write_format()
+
+    def forget_key(self) -> None:
+        """Nothing encrypted is left: the next owner may come with another key."""
+        self._key_id = None
+        self._write_format()
 
     def _leave_behind(self, version: int) -> None:
         """Blocks in an older format can't be read; left where they are they would take room for ever."""
@@ -147,12 +173,13 @@ class Folder:
         )
         for path in (*old, self.index, *(self.index.with_name(INDEX_NAME + end) for end in ("-wal", "-shm"))):
             path.unlink(missing_ok=True)
-        self._write_version()
+        self._write_format()
 
-    def _write_version(self) -> None:
+    def _write_format(self) -> None:
         temporary = self.temporary(_FORMAT)
         temporary.unlink(missing_ok=True)
-        self._files.write(temporary, json.dumps({"format": FOLDER_VERSION}).encode())
+        key = {"key": self._key_id} if self._key_id is not None else {}
+        self._files.write(temporary, json.dumps({"format": FOLDER_VERSION} | key).encode())
         self._files.sync(temporary)
         self._files.rename(temporary, self.directory / _FORMAT)
         self._files.sync(self.directory)

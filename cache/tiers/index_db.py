@@ -6,27 +6,35 @@ true only if the last owner closed the index with no write under way.
 
 Rows come back in the order in which they were written; the order of use is one blob of row ids, saved when
 the index is closed.
+
+An encrypted extent's row is what its file shows without the key (`cache.locked`), under the name of the file; what is
+private in its header stays encrypted in `private`, and the columns for it are empty.
 """
 
 import os
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from cache.encryption import Vault
+from cache.errors import ExtentCorrupt
 from cache.extent import NOBODY, ExtentHeader, KVShape, Origin, is_consistent
-from cache.hashing import HASH_BYTES, TOKEN_BYTES, BlockHash
+from cache.hashing import BlockHash
+from cache.locked import LockedExtent
 
-_SCHEMA_VERSION = 2
+_SCHEMA_VERSION = 3
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS extents (
     number INTEGER PRIMARY KEY,
     extent_id TEXT NOT NULL UNIQUE,
     is_complete INTEGER NOT NULL,
     image_bytes INTEGER NOT NULL,
+    num_blocks INTEGER NOT NULL,
+    num_tokens INTEGER NOT NULL,
     root_hash BLOB NOT NULL,
     parent_hash BLOB NOT NULL,
     block_hashes BLOB NOT NULL,
@@ -35,11 +43,14 @@ CREATE TABLE IF NOT EXISTS extents (
     shape TEXT NOT NULL,
     first_block INTEGER NOT NULL,
     tenant TEXT NOT NULL,
-    session TEXT NOT NULL
+    session TEXT NOT NULL,
+    key_id TEXT,
+    private BLOB
 );
 CREATE TABLE IF NOT EXISTS use_order (numbers BLOB NOT NULL);
 """
 _HEADER_COLUMNS = "root_hash, parent_hash, block_hashes, token_ids, block_size, shape, first_block, tenant, session"
+_LOCKED_COLUMNS = "extent_id, key_id, root_hash, tenant, num_blocks, num_tokens, image_bytes"
 
 
 _OPEN, _CLOSED = 2 * _SCHEMA_VERSION, 2 * _SCHEMA_VERSION + 1  # values of SQLite's user_version
@@ -66,9 +77,8 @@ def read_totals(path: Path) -> IndexTotals:
         # As a URI, which escapes what would end the path.
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
             row = db.execute(
-                f"SELECT COUNT(*), TOTAL(LENGTH(block_hashes) / {HASH_BYTES}), "
-                f"TOTAL(LENGTH(token_ids) / {TOKEN_BYTES}), "
-                "COUNT(DISTINCT root_hash), TOTAL(image_bytes) FROM extents WHERE is_complete = 1"
+                "SELECT COUNT(*), TOTAL(num_blocks), TOTAL(num_tokens), COUNT(DISTINCT root_hash), TOTAL(image_bytes) "
+                "FROM extents WHERE is_complete = 1"
             ).fetchone()
     except sqlite3.Error as error:
         raise IndexDamaged(str(error)) from error
@@ -91,7 +101,7 @@ def read_fingerprints(path: Path) -> list[FingerprintTotals]:
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
             rows = db.execute(
-                f"SELECT HEX(root_hash), COUNT(*), TOTAL(LENGTH(block_hashes) / {HASH_BYTES}), TOTAL(image_bytes) "
+                "SELECT HEX(root_hash), COUNT(*), TOTAL(num_blocks), TOTAL(image_bytes) "
                 "FROM extents WHERE is_complete = 1 GROUP BY root_hash ORDER BY 4 DESC, 1"
             ).fetchall()
     except sqlite3.Error as error:
@@ -134,17 +144,17 @@ class IndexDb:
 
     # -- writing ------------------------------------------------------------------------------------
 
-    def prepare(self, header: ExtentHeader) -> None:
+    def prepare(self, extent: ExtentHeader | LockedExtent) -> None:
         """Announce a write."""
-        self._execute_many(_INSERT, [(0, *_row(header))])
+        self._execute_many(_INSERT, [(0, *_row(extent))])
 
     def complete(self, extent_ids: Iterable[str]) -> None:
         """Their files are durable. One transaction."""
         self._execute_many("UPDATE extents SET is_complete = 1 WHERE extent_id = ?", [(each,) for each in extent_ids])
 
-    def add_complete(self, headers: Iterable[ExtentHeader]) -> None:
+    def add_complete(self, extents: Iterable[ExtentHeader | LockedExtent]) -> None:
         """Enter extents whose files are durable. One transaction."""
-        self._execute_many(_INSERT, ((1, *_row(header)) for header in headers))
+        self._execute_many(_INSERT, ((1, *_row(extent)) for extent in extents))
 
     def remove_row(self, extent_id: str) -> None:
         """Forget an extent."""
@@ -172,7 +182,7 @@ class IndexDb:
                 self._db.execute("BEGIN")
                 self._db.execute("DELETE FROM use_order")
                 self._db.execute("INSERT INTO use_order VALUES (?)", (order.tobytes(),))
-        except sqlite3.Error as error:
+        except (sqlite3.Error, TypeError, ValueError, OverflowError) as error:
             raise OSError(f"the warehouse's index can't be written: {error}") from error
 
     # -- reading ------------------------------------------------------------------------------------
@@ -184,9 +194,29 @@ class IndexDb:
         except sqlite3.Error as error:
             raise IndexDamaged(str(error)) from error
 
-    def complete_headers(self) -> list[ExtentHeader]:
-        """Durable extents, least recently used first. Raises IndexDamaged."""
-        query = f"SELECT number, extent_id, {_HEADER_COLUMNS} FROM extents WHERE is_complete = 1 ORDER BY number"
+    def plain_ids(self) -> set[str]:
+        """Durable extents that are not encrypted. Raises IndexDamaged."""
+        query = "SELECT extent_id FROM extents WHERE is_complete = 1 AND key_id IS NULL"
+        try:
+            return {row[0] for row in self._db.execute(query)}
+        except sqlite3.Error as error:
+            raise IndexDamaged(str(error)) from error
+
+    def locked_extents(self, vault: Vault | None = None) -> list[LockedExtent]:
+        """Durable extents that `vault` can't open, as they were written, without `private`. Raises IndexDamaged."""
+        query = f"SELECT {_LOCKED_COLUMNS} FROM extents WHERE is_complete = 1 AND key_id != ? ORDER BY number"
+        try:
+            rows = self._db.execute(query, (vault.key_id if vault is not None else "",))
+            return [LockedExtent.checked(row) for row in rows]
+        except (sqlite3.Error, ValueError) as error:
+            raise IndexDamaged(str(error)) from error
+
+    def complete_headers(self, vault: Vault | None = None) -> list[ExtentHeader]:
+        """Durable extents but for `locked_extents`, least recently used first. Raises IndexDamaged."""
+        query = (
+            f"SELECT number, extent_id, {_HEADER_COLUMNS} FROM extents "
+            "WHERE is_complete = 1 AND key_id IS NULL ORDER BY number"
+        )
         numbers: list[int] = []
         headers: list[ExtentHeader] = []
         # What many rows share is kept as one object each.
@@ -212,10 +242,24 @@ class IndexDb:
                     raise IndexDamaged(f"the row of extent {extent_id} does not add up")
                 numbers.append(number)
                 headers.append(header)
+            for number, header in self._unlocked(vault) if vault is not None else ():
+                header.root_hash = roots.setdefault(header.root_hash, header.root_hash)
+                header.origin = origins.setdefault(header.origin, header.origin)
+                numbers.append(number)
+                headers.append(header)
             saved = self._db.execute("SELECT numbers FROM use_order").fetchone()
-        except (sqlite3.Error, ValueError, TypeError) as error:
+            return _in_order(headers, numbers, saved[0] if saved and isinstance(saved[0], bytes) else b"")
+        except (sqlite3.Error, ValueError, TypeError, AttributeError, ExtentCorrupt) as error:
             raise IndexDamaged(str(error)) from error
-        return _in_order(headers, numbers, saved[0] if saved and isinstance(saved[0], bytes) else b"")
+
+    def _unlocked(self, vault: Vault) -> Iterator[tuple[int, ExtentHeader]]:
+        """Encrypted extents by their numbers, in the order in which they were written."""
+        query = (
+            f"SELECT number, {_LOCKED_COLUMNS}, private FROM extents "
+            "WHERE is_complete = 1 AND key_id = ? ORDER BY number"
+        )
+        for number, *columns in self._db.execute(query, (vault.key_id,)):
+            yield number, vault.unlock(LockedExtent(*columns))
 
     def close(self, *, vouches: bool = True) -> None:
         """Close, and say so in the database if it `vouches` for the files and no write is under way.
@@ -240,24 +284,31 @@ class IndexDb:
 
 
 _INSERT = (
-    f"INSERT OR REPLACE INTO extents (is_complete, extent_id, image_bytes, {_HEADER_COLUMNS}) "
-    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    "INSERT OR REPLACE INTO extents "
+    f"(is_complete, extent_id, image_bytes, num_blocks, num_tokens, {_HEADER_COLUMNS}, key_id, private) "
+    f"VALUES ({', '.join('?' * 16)})"
 )
 
 
-def _row(header: ExtentHeader) -> tuple[object, ...]:
-    shape = header.shape
+def _row(extent: ExtentHeader | LockedExtent) -> tuple[object, ...]:
+    counts = extent.image_bytes, extent.num_blocks, extent.num_tokens
+    if isinstance(extent, LockedExtent):
+        hidden = b"", b"", b"", 0, "", 0
+        return extent.name, *counts, extent.root_hash, *hidden, extent.tenant, "", extent.key_id, extent.private
+    shape = extent.shape
     return (
-        header.extent_id,
-        header.image_bytes,
-        header.root_hash,
-        header.parent_hash,
-        header.packed_hashes,
-        header.packed_tokens,
-        header.block_size,
+        extent.extent_id,
+        *counts,
+        extent.root_hash,
+        extent.parent_hash,
+        extent.packed_hashes,
+        extent.packed_tokens,
+        extent.block_size,
         f"{shape.num_layers},{shape.num_kv_heads},{shape.head_dim},{shape.dtype}",
-        header.first_block,
-        *header.origin,
+        extent.first_block,
+        *extent.origin,
+        None,
+        None,
     )
 
 
@@ -271,7 +322,7 @@ def _in_order(headers: list[ExtentHeader], numbers: list[int], saved: bytes) -> 
     order = np.frombuffer(saved, "<i8", len(saved) // 8)
     if not len(order) or not headers:
         return headers
-    present = np.array(numbers)
+    present = np.array(numbers, "<i8")
     by_number = np.argsort(order, kind="stable")
     places = by_number[np.minimum(np.searchsorted(order, present, sorter=by_number), len(order) - 1)]
     ranks = np.where(order[places] == present, places, len(order))

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cache.extent import ExtentHeader, Image
+from cache.locked import LockedExtent
 
 
 class DramTier(Protocol):
@@ -31,7 +32,10 @@ class DiskTier(Protocol):
     directory: Path
 
     def write(self, header: ExtentHeader, image: Image) -> None:
-        """Put the image down. Nothing of it is visible, now or after a crash, before `commit` returns."""
+        """Put the image down. Nothing of it is visible, now or after a crash, before `commit` returns.
+
+        Raises ExtentCorrupt if it is to be encrypted and not whole.
+        """
 
     def commit(self) -> list[str]:
         """Make everything written since the last commit durable and visible; returns the extents' ids.
@@ -43,7 +47,10 @@ class DiskTier(Protocol):
         """Take away what was written and not committed. Raises nothing: the next start takes what is left."""
 
     def read(self, extent_id: str) -> Image:
-        """The whole image, unverified. Raises FileNotFoundError if it is gone."""
+        """The whole image in plain, unverified.
+
+        Raises FileNotFoundError if it is gone, ExtentCorrupt if it is not what was encrypted.
+        """
 
     def path(self, extent_id: str) -> str:
         """The file that a reader opens by itself."""
@@ -56,6 +63,9 @@ class DiskTier(Protocol):
 
     def recover(self) -> list[ExtentHeader]:
         """What was durable when the folder was last used, least recently used first. Given out once."""
+
+    def recover_locked(self) -> list[LockedExtent]:
+        """What is there too, and takes room, but is encrypted with a key that is not here. Given out once."""
 
     def is_intact(self) -> bool:
         """False if the folder has been taken away or replaced under this tier."""

@@ -40,7 +40,7 @@ def store_config(limits: Budgets | None = None, **times: float) -> NodeStoreConf
     """A configuration that asks for no free space and waits for nobody, unless told."""
     on_disk = {name: times.pop(name) for name in list(times) if name in DiskConfig.__slots__}
     disk = DiskConfig(**({"min_free_bytes": 0} | on_disk))  # type: ignore[arg-type]
-    return NodeStoreConfig(limits or budgets(), disk, **({"store_wait_s": 0.0} | times))
+    return NodeStoreConfig(limits or budgets(), disk, **({"store_wait_s": 0.0} | times))  # type: ignore[arg-type]
 
 
 def query(tokens: Sequence[int], owner: str = "reader", first: int = 0, root: BlockHash = ROOT) -> LoadQuery:

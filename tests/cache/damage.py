@@ -153,7 +153,7 @@ class Store:
         return Target(path, header, path.read_bytes(), query(tokens[:end], first=header.first_block))
 
     def open(self) -> NodeStore:
-        limits = budgets(disk=1 << 30, blocks=BLOCKS)
+        limits = budgets(dram=1 << 24, disk=1 << 30, blocks=BLOCKS)
         return NodeStore(store_config(limits), MemoryTier(), FileTier(self.folder, fsync=False, lock_wait_s=0.0))
 
     def mend(self) -> None:

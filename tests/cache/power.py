@@ -16,6 +16,8 @@ from pathlib import Path
 
 from cache.tiers.files import Files, write_all
 
+_PAGE = 4096
+
 
 class Loss(Enum):
     """What a power cut takes of that which was not synced."""
@@ -144,6 +146,7 @@ def _tear(path: Path, rng: random.Random) -> None:
     if not path.exists():
         return
     content = path.read_bytes()
-    at = rng.randrange(len(content) + 1) if content else 0
+    at = rng.randrange(len(content) + 1)
+    at = rng.choice((at, at // _PAGE * _PAGE))
     path.unlink()  # it may share its content with a kept one
     path.write_bytes(rng.choice((bytes(len(content)), content[:at], content[:at] + bytes(len(content) - at))))

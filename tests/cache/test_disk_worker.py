@@ -12,6 +12,7 @@ from cache.node_store import NodeStore
 from cache.tiers.disk import FileTier
 from cache.tiers.memory import MemoryTier
 from tests.cache.chains import BLOCK_SIZE, IMAGE_BYTES, budgets, header_of, query, store_chain, store_config
+from tests.cache.failing_files import FailingFiles
 from tests.cache.stores import (
     OTHER,
     TOKENS,
@@ -157,17 +158,15 @@ def test_free_space_below_the_limit_stops_growth_not_service(tmp_path: Path) -> 
 
 
 def test_a_deletion_that_fails_is_tried_again(tmp_path: Path) -> None:
-    folder = tmp_path / "w"
-    with open_store(folder, store_config(budgets(disk=IMAGE_BYTES), retry_s=0.05)) as store:
+    folder, files = tmp_path / "w", FailingFiles()
+    with open_store(folder, store_config(budgets(disk=IMAGE_BYTES), retry_s=0.05), files) as store:
         first, second = OTHER[:4], TOKENS[:4]
         store_chain(store, first)
         assert store.flush()
-        (path,) = folder.glob("extents/*/*/*.kv")
-        path.unlink()
-        path.mkdir()  # unlinking a folder fails
+        files.fails = "unlink"
         store_chain(store, second)
-        wait_until(lambda: store.stats().state != "ok" or store.flush(0.1))
-        path.rmdir()
+        wait_until(lambda: store.stats().state != "ok")
+        files.fails = None
         wait_until(lambda: store.flush(0.1) and not store._worker._removals)
         store.check_integrity()
     with open_store(folder) as store:

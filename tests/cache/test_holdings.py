@@ -55,7 +55,7 @@ def test_victims_are_leaves_first_and_found_whenever_there_are_enough(
     held = Holdings(LruPolicy)
     extents = forest(held, paths)
     used = data.draw(st.lists(st.sampled_from(sorted(extents))))
-    held.touch_chain(extents[path] for path in used)
+    held.note_use(extents[path] for path in used)
     pinned = set(data.draw(st.lists(st.sampled_from(sorted(extents)), max_size=3)))
     picked = held.pick_victims(Tier.DRAM, num_bytes, lambda extent: extent not in {extents[p] for p in pinned})
     most = evictable(extents, pinned)

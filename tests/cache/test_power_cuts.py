@@ -7,12 +7,13 @@ would: what was committed is there to the bit, what was purged is not, and nothi
 import random
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from cache.errors import FolderError
 from cache.tiers.disk import FileTier
 from cache.tiers.index_db import IndexDb
-from tests.cache.aftermath import Promises, Witness, reopen
+from tests.cache.aftermath import Aftermath, Promises, Witness, reopen
 from tests.cache.chains import budgets, sealed_image
 from tests.cache.power import Loss, Memory
 from tests.cache.tiers.folders import HEADERS, A, B, C
@@ -26,7 +27,8 @@ class Scenes:
     `index`: as it is at that moment, as it was before the last batch, or gone.
     """
 
-    def __init__(self, root: Path, losses: list[tuple[Loss, str]]) -> None:
+    def __init__(self, root: Path, losses: list[tuple[Loss, str]], wanted: Iterable[str] = ()) -> None:
+        """`wanted`: once faults of all these kinds have been found, nothing more is looked at."""
         self.folder = root / "w"
         self.promises = Promises()
         self.faults: Counter[str] = Counter()
@@ -34,6 +36,7 @@ class Scenes:
         self.counts: Counter[str] = Counter()
         self.memory = Memory(self.folder, root / "shadow", self.look)
         self._losses = losses
+        self._wanted = set(wanted)
         self._root = root
         self._rng = random.Random(7)
 
@@ -51,19 +54,27 @@ class Scenes:
     def look(self, step: str) -> None:
         if not (self.folder / "format.json").exists():
             return  # before the first promise
+        if self._wanted and self._wanted <= set(self.faults):
+            return
         self.counts["steps"] += 1
         for loss, index in self._losses:
             copy = self._root / "copy"
             shutil.copytree(self.folder, copy)
             self.memory.cut(copy, loss, self._rng)
             self._change_index(copy, index)
-            found = reopen(copy, self.promises.copy(), budgets())
+            found = self._reopen(copy)
             shutil.rmtree(copy)
             self.counts["openings"] += 1
             self.counts["checked"] += found.num_checked
             for fault in found.faults:
                 self.faults[fault.split(":")[0]] += 1
                 self.examples.append(f"before {step!r}, loss {loss.value}, index {index}: {fault}")
+
+    def _reopen(self, copy: Path) -> Aftermath:
+        try:
+            return reopen(copy, self.promises.copy(), budgets())
+        except FolderError as error:
+            return Aftermath([f"does not open: {error}"])
 
     def _change_index(self, copy: Path, index: str) -> None:
         if index == "as it is":

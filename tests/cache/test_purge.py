@@ -26,6 +26,7 @@ from tests.cache.chains import (
     sealed_image,
     store_config,
 )
+from tests.cache.failing_files import FailingFiles
 from tests.cache.stores import counter, damage, extent_files, in_thread, open_store, read, wait_until
 
 DRAM, DISK = Tier.DRAM, Tier.DISK
@@ -294,17 +295,15 @@ def test_who_stored_it_survives_a_restart_and_the_loss_of_the_index(tmp_path: Pa
 
 
 def test_a_file_that_can_not_be_deleted_is_said_to_be_left(tmp_path: Path) -> None:
-    folder = tmp_path / "w"
-    with open_store(folder, store_config(retry_s=0.05)) as store:
+    files = FailingFiles()
+    with open_store(tmp_path / "w", store_config(retry_s=0.05), files) as store:
         store_for(store, ANNA_TOKENS[:4], ANNA)
         assert store.flush()
-        (path,) = extent_files(folder)
-        path.unlink()
-        path.mkdir()  # unlinking a folder fails
+        files.fails = "unlink"
         receipt = store.purge(ANNAS, wait_s=0.3)
         assert (receipt.num_extents, receipt.num_files, receipt.num_left) == (1, 1, 1)
         assert WarehouseClient(store).lookup(query(ANNA_TOKENS)).pieces == (), "but is not found"
-        path.rmdir()
+        files.fails = None
         wait_until(lambda: not store._worker._removals)
         assert store.purge(ANNAS).num_left == 0
         store.check_integrity()

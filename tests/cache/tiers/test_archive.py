@@ -11,6 +11,7 @@ import pytest
 from cache.errors import ArchiveError
 from cache.extent import ExtentHeader, allocate_image, seal
 from cache.hashing import BlockHash
+from cache.locked import LockedExtent
 from cache.messages import PurgeQuery
 from cache.tiers.archive import Exported, Imported, export_extents, import_extents
 from cache.tiers.disk import FileTier
@@ -22,7 +23,7 @@ def no_progress(num_done: int, num_total: int) -> None:
     assert 0 < num_done <= num_total
 
 
-def all_of(header: ExtentHeader) -> bool:
+def all_of(extent: ExtentHeader | LockedExtent) -> bool:
     return True
 
 

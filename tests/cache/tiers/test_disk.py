@@ -16,7 +16,8 @@ import pytest
 
 from cache.errors import ExtentCorrupt, FolderError
 from cache.extent import ExtentHeader, KVShape, seal
-from cache.tiers.disk import MAX_QUARANTINED, FileTier, read_all, read_sealed_header
+from cache.tiers.disk import MAX_QUARANTINED, FileTier
+from cache.tiers.extent_file import read_all, read_sealed_header
 from cache.tiers.index_db import IndexDb
 from tests.cache.chains import sealed_image
 from tests.cache.tiers.folders import HEADERS, A, B, C, files, ids, kill, recovered, spawn, write

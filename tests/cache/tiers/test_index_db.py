@@ -94,7 +94,7 @@ def test_an_index_of_another_version_is_damaged_and_an_empty_one_is_not(tmp_path
         db.execute("PRAGMA user_version = 0")
         db.execute("CREATE TABLE extents (extent_id TEXT)")
     db.close()
-    with pytest.raises(IndexDamaged, match="its version is 0, this program's is 2"):
+    with pytest.raises(IndexDamaged, match="its version is 0, this program's is 3"):
         IndexDb(path)
     IndexDb.remove(path)
     path.touch()
