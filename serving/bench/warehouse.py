@@ -1,7 +1,7 @@
 """`tokenloft bench warehouse`: what storing and loading KV costs, beside what the machine allows.
 
-Bytes (`warehouse_io`), index (`warehouse_index`), the committing engine's share, and storage dtypes: each through the
-code that the server runs.
+Bytes (`warehouse_io`, `warehouse_encryption`), index (`warehouse_index`), the committing engine's share, and storage
+dtypes: each through the code that the server runs.
 """
 
 import statistics
@@ -21,6 +21,7 @@ from cache.occupancy import Budgets
 from cache.tiers.memory import MemoryTier
 from serving.bench.report import Figure, Report
 from serving.bench.storage_dtypes import measure_storage_dtypes
+from serving.bench.warehouse_encryption import measure_encryption
 from serving.bench.warehouse_index import IndexFigures, measure_index
 from serving.bench.warehouse_io import (
     BLOCK_SIZE,
@@ -78,9 +79,11 @@ def run_warehouse_bench(
         folder = Path(name)
         prompt = Prompt.of(options.num_tokens)
         progress("commits to durable")
-        report.figures.append(measure_commit(folder, prompt, options.rounds))
+        report.figures += measure_commit(folder, prompt, options.rounds)
         progress("loads from disk and page cache")
         report.figures += measure_disk_loads(folder, prompt, options.rounds)
+        progress("the same with encryption")
+        report.figures += measure_encryption(folder, prompt, options.rounds)
         if options.with_ray:
             progress("loads from the dram tier of another process")
             with dram_of_another_process(prompt) as client:

@@ -17,10 +17,15 @@ def test_all_figures_are_measured(tmp_path: Path) -> None:
     options = WarehouseBenchOptions(tmp_path, None, 128, 1, SMALL, with_ray=False)
     report = run_warehouse_bench(options, said.append, tmp_path / "plots")
     figures = {figure.name: figure for figure in report.figures}
-    for name in ("commit", "load, cold disk", "load, page cache", "step loop's time for a commit of 128 tokens"):
+    for name in (
+        "commit, one at a time",
+        "load, cold disk",
+        "load, page cache",
+        "step loop's time for a commit of 128 tokens",
+    ):
         assert figures[name].value is not None
         assert figures[name].ratio is not None
-        assert figures[name].target is not None
+    assert sum(figure.target is not None for figure in report.figures) >= 8
     assert sum(name.startswith("open an index of") for name in figures) == len(SMALL)
     assert sum(name.startswith("lookup of 256 blocks, p99") for name in figures) == len(SMALL)
     assert (tmp_path / "plots" / "warehouse-growth.png").read_bytes().startswith(b"\x89PNG")
