@@ -9,7 +9,7 @@ import errno
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -89,11 +89,16 @@ class WarehouseClient:
         except StoreUnavailable:
             return
 
-    def read(self, query: LoadQuery, grant: LoadGrant) -> Iterator[Block]:
-        """The granted blocks in order. Stops early, without an error, at the first one that can't be had."""
+    def read(self, query: LoadQuery, grant: LoadGrant, *, backwards: bool = False) -> Generator[Block, None, None]:
+        """The granted blocks in order, or from the last to the first.
+
+        Stops early, without an error, at the first one that can't be had.
+        """
         pieces = self._worth_trying(grant.pieces)
+        if backwards:
+            pieces = pieces[::-1]
         images = self._images_ahead([piece for piece in pieces if not self._is_file(piece)])
-        ahead = ReadAhead(query, pieces, images, self._is_file, self.read_timeout_s, self.vault)
+        ahead = ReadAhead(query, pieces, images, self._is_file, self.read_timeout_s, self.vault, backwards=backwards)
         try:
             for piece in pieces:
                 started = time.perf_counter()

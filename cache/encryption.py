@@ -241,21 +241,20 @@ def read_key_file(path: Path) -> bytes:
     """The secret: 32 bytes, or 64 hex digits. Raises KeyFileError unless its owner alone may read the file."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with os.fdopen(fd, "rb") as file:
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise KeyFileError(f"key file {path} is no file")
-            if status.st_mode & 0o077:
-                raise KeyFileError(
-                    f"key file {path} can be read by others (mode {stat.S_IMODE(status.st_mode):04o}): "
-                    f"take that away with chmod 600 {path}"
-                )
-            content = file.read(4 * KEY_BYTES)
+        try:
+            mode, content = os.fstat(fd).st_mode, os.pread(fd, 4 * KEY_BYTES, 0)
+        finally:
+            os.close(fd)
     except FileNotFoundError as error:
         remedy = _MAKE_KEY_FILE.replace("FILE", str(path))
         raise KeyFileError(f"there is no key file {path}: make one with {remedy}") from error
     except OSError as error:
         raise KeyFileError(f"key file {path} can't be read: {error.strerror}") from error
+    if mode & 0o077:
+        raise KeyFileError(
+            f"key file {path} can be used by others (mode {stat.S_IMODE(mode):04o}): "
+            f"take that away with chmod 600 {path}"
+        )
     return _parse_key(content, path)
 
 

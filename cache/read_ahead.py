@@ -66,16 +66,19 @@ class ReadAhead:
         is_file: Callable[[LoadPiece], bool],
         timeout_s: float,
         vault: Vault | None = None,
+        *,
+        backwards: bool = False,
     ) -> None:
         """`images` gives, in order, the images of those pieces that are no files; it is walked by the thread.
 
-        `vault` decrypts files.
+        `vault` decrypts files. `backwards`: the pieces come from the last to the first, and so do the blocks of each.
         """
         self._query = query
         self._images = images
         self._is_file = is_file
         self._timeout_s = timeout_s
         self._vault = vault
+        self._backwards = backwards
         self._encrypted = aligned_empty(0)
         """What is encrypted is read in here, and decrypted into a chunk's buffer."""
         self._free: queue.SimpleQueue[Image | None] = queue.SimpleQueue()
@@ -93,7 +96,7 @@ class ReadAhead:
         self._free.put(None)
 
     def chunks(self, piece: LoadPiece) -> Iterator[Chunk]:
-        """The blocks of the next piece in order. A chunk's content is valid until the next one is asked for.
+        """The blocks of the next piece. A chunk's content is valid until the next one is asked for.
 
         Raises ReadTimedOut if the disk does not answer, OSError or ExtentCorrupt for what can't be read,
         ExtentLocked for an encrypted file without its key, StoreUnavailable for an image that has gone.
@@ -163,23 +166,26 @@ class ReadAhead:
     def _ranges(self, piece: LoadPiece, sealed: SealedHeader) -> Iterator[tuple[int, int]]:
         """Blocks of the extent that make a chunk."""
         header = sealed.header
-        at, end = piece.index_in_extent, piece.index_in_extent + _num_blocks(piece, self._query)
+        first, end = piece.index_in_extent, piece.index_in_extent + _num_blocks(piece, self._query)
         num_there = header.num_blocks if header.block_size == self._query.block_size else 0
         per_chunk = max(1, CHUNK_BYTES // (header.block_size * header.shape.bytes_per_token))
-        while at < min(end, num_there):
-            yield at, min(at + per_chunk, end, num_there)
-            at += per_chunk
+        if not self._backwards:
+            there = min(end, num_there)
+            yield from ((at, min(at + per_chunk, there)) for at in range(first, there, per_chunk))
         if end > num_there:
             raise ExtentCorrupt("the extent has other blocks than its index says")
+        if self._backwards:
+            yield from ((max(first, at - per_chunk), at) for at in range(end, first, -per_chunk))
 
     def _verified(
         self, piece: LoadPiece, sealed: SealedHeader, first: int, end: int, content: Image, offset: int, buffer: Image
     ) -> Iterator[Chunk]:
-        """Blocks `first..end`; `content` begins at `offset` of the image. Those before a bad one count."""
+        """Blocks `first..end`; `content` begins at `offset` of the image. Those that come before a bad one count."""
         header, block_size = sealed.header, self._query.block_size
         blocks: list[Block] = []
+        order = range(end - 1, first - 1, -1) if self._backwards else range(first, end)
         try:
-            for index in range(first, end):
+            for index in order:
                 at = index - piece.index_in_extent
                 begin, stop = header.block_range(index)
                 place = slice(begin - offset, stop - offset)

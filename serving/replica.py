@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from cache.actor import connect
 from cache.client import WarehouseClient
+from cache.encryption import open_vault
 from cache.fingerprint import Fingerprint
 from cache.hashing import as_token_ids, chain_hashes
 from serving.engine.engine import Engine, EngineConfig, EngineStopped
@@ -43,6 +44,8 @@ class EngineOptions:
     max_running: int
     num_threads: int
     remote_threshold_tokens: int
+    encryption_key_file: Path | None = None
+    """Of the node's disk tier: each replica reads the key for itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,7 @@ class Replica:
         context = ray.get_runtime_context()
         self.node_id: str = context.get_node_id()
         self.replica_id: str = serve.get_replica_context().replica_id.unique_id
+        self._vault = open_vault(options.encryption_key_file)
         device = resolve_device(options.device)
         runner = ModelRunner(options.model_dir, resolve_dtype(options.dtype, device), device)
         layout = runner.layout(options.block_size)
@@ -95,7 +99,8 @@ class Replica:
         warm_up(self.engine)
 
     def _connect(self, node_id: str | None) -> WarehouseClient:
-        return connect(node_id or self.node_id, is_local=node_id in (None, self.node_id))
+        is_local = node_id in (None, self.node_id)
+        return connect(node_id or self.node_id, is_local=is_local, vault=self._vault)
 
     def check_model(self, fingerprint: Fingerprint) -> None:
         """Raise ModelChanged if a request's hashes belong to another model's KV than this engine's."""

@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from cache.encryption import Vault, open_vault
 from cache.errors import ArchiveError, FolderError
 from cache.hashing import BlockHash
 from cache.messages import PurgeQuery
 from cache.offline import owned, purge_everything, purge_folder, rebuild_index, require_warehouse, verify_folder
-from cache.tiers.archive import export_extents, import_extents
+from cache.tiers.archive import Wanted, export_extents, import_extents
 from serving.config import Config, warehouse_directory
 from serving.http_settings import hash_api_key
 from serving.machine import measure_for
@@ -66,11 +67,16 @@ class Selection:
         return {"tenant": True}
 
 
+def vault_of(config: Config) -> Vault | None:
+    """What opens the encrypted extents of the config's warehouse. Raises KeyFileError."""
+    return open_vault(config.cache.encryption_key_file)
+
+
 def verify(config: Config, bytes_per_s: float, output: Output) -> int:
     """1 if something is bad."""
     directory = warehouse_directory(config)
     progress = Progress(output.terminal, "verified")
-    verified = verify_folder(directory, bytes_per_s, output.terminal.step, progress)
+    verified = verify_folder(directory, bytes_per_s, output.terminal.step, progress, vault_of(config))
     result = asdict(verified) | {"num_bad": len(verified.bad)}
     if output.as_json:
         output.show("", result)
@@ -83,7 +89,7 @@ def verify(config: Config, bytes_per_s: float, output: Output) -> int:
 
 def rebuild(config: Config, output: Output) -> int:
     directory = warehouse_directory(config)
-    output.show(f"new index of {directory}", asdict(rebuild_index(directory, output.terminal.step)))
+    output.show(f"new index of {directory}", asdict(rebuild_index(directory, output.terminal.step, vault_of(config))))
     return 0
 
 
@@ -95,7 +101,7 @@ def purge(config: Config, selection: Selection, output: Output) -> int:
         if query is None:
             receipt = asdict(purge_everything(directory, output.terminal.step))
         else:
-            receipt = asdict(purge_folder(directory, query, output.terminal.step))
+            receipt = asdict(purge_folder(directory, query, output.terminal.step, vault_of(config)))
     except FolderError as error:
         # In use, or there is none: a server may have its warehouse in memory alone, or in a folder for each node.
         if not _is_of_server(config, selection.key(config)):
@@ -120,14 +126,15 @@ def export(config: Config, archive: Path, selection: Selection, output: Output) 
     """1 if something was left out because it is bad."""
     directory, query = warehouse_directory(config), selection.query(config)
     require_warehouse(directory)
-    is_wanted = query.means if query is not None else lambda header: True
-    exported = export_extents(directory, archive, is_wanted, Progress(output.terminal, "exported"))
+    is_wanted: Wanted = query.means if query is not None else lambda extent: True
+    progress = Progress(output.terminal, "exported")
+    exported = export_extents(directory, archive, is_wanted, progress, vault_of(config))
     output.show(f"exported to {archive}", asdict(exported))
     return 1 if exported.num_bad else 0
 
 
 def import_(config: Config, archive: Path, output: Output) -> int:
-    """1 if something was left out because it is bad, or for want of room."""
+    """1 if something was left out because it is bad, or for want of its key or of room."""
     directory = warehouse_directory(config)
     if "{node}" in str(directory):
         raise FolderError(f"{directory} names a folder for each node: choose one of them with --warehouse")
@@ -135,7 +142,9 @@ def import_(config: Config, archive: Path, output: Output) -> int:
         raise ArchiveError(f"{archive} is no file")
     budget_bytes = measure_for(config).disk_bytes
     progress = Progress(output.terminal, "imported")
-    with owned(directory, output.terminal.step) as disk:
-        imported = import_extents(archive, disk, disk.recover(), budget_bytes, config.cache.min_free_bytes, progress)
+    min_free_bytes, vault = config.cache.min_free_bytes, vault_of(config)
+    with owned(directory, output.terminal.step, vault) as disk:
+        budget_bytes -= sum(locked.image_bytes for locked in disk.recover_locked())
+        imported = import_extents(archive, disk, disk.recover(), budget_bytes, min_free_bytes, progress, vault)
     output.show(f"imported into {directory}", asdict(imported))
-    return 1 if imported.num_bad or imported.num_without_room else 0
+    return 1 if imported.num_bad or imported.num_locked or imported.num_without_room else 0

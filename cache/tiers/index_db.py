@@ -204,9 +204,12 @@ class IndexDb:
 
     def locked_extents(self, vault: Vault | None = None) -> list[LockedExtent]:
         """Durable extents that `vault` can't open, as they were written, without `private`. Raises IndexDamaged."""
-        query = f"SELECT {_LOCKED_COLUMNS} FROM extents WHERE is_complete = 1 AND key_id != ? ORDER BY number"
+        query = (
+            f"SELECT {_LOCKED_COLUMNS} FROM extents "
+            "WHERE is_complete = 1 AND key_id IS NOT NULL AND key_id IS NOT ? ORDER BY number"
+        )
         try:
-            rows = self._db.execute(query, (vault.key_id if vault is not None else "",))
+            rows = self._db.execute(query, (vault.key_id if vault is not None else None,))
             return [LockedExtent.checked(row) for row in rows]
         except (sqlite3.Error, ValueError) as error:
             raise IndexDamaged(str(error)) from error

@@ -27,10 +27,12 @@ SIZES = (300_000, 1_000_000, 3_000_000, 10_000_000, 30_000_000)
 JUDGED = (1_000_000, 3_000_000, 10_000_000)
 """Sizes over which the share of the way from LRU to OPT is averaged."""
 TARGET = 0.15
+QUICK_SIZES = (1_000_000,)
 QUICK_REQUESTS = 2000
 
 _SHAPE = KVShape(num_layers=1, num_kv_heads=1, head_dim=1, dtype="float32")
-_ROOT = BlockHash(bytes(HASH_BYTES))
+_ROOT = BlockHash(b"\xff" * HASH_BYTES)
+"""Hash of no block: those are their numbers."""
 _SAY_EVERY_S = 5.0
 
 
@@ -43,6 +45,20 @@ class EvictionBenchOptions:
     block_size: int = 512
     max_requests: int | None = None
     plot_dir: Path | None = None
+
+    @classmethod
+    def of(
+        cls,
+        trace: Path,
+        sizes: tuple[int, ...] | None,
+        block_size: int,
+        *,
+        plot_dir: Path | None = None,
+        is_quick: bool = False,
+    ) -> "EvictionBenchOptions":
+        """With the sizes that suit, unless they are given."""
+        max_requests = QUICK_REQUESTS if is_quick else None
+        return cls(trace, sizes or (QUICK_SIZES if is_quick else SIZES), block_size, max_requests, plot_dir)
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,8 @@ from serving.bench.warehouse_io import (
 from serving.config import load_config
 from serving.engine.block_pool import BlockPool
 from serving.engine.loader import Loader
+from serving.engine.measure import Speed
+from serving.engine.planner import Planner
 from serving.engine.runner import set_num_threads
 from serving.engine.sequence import EngineRequest, Listener, Sequence, Status
 from serving.engine.transfers import Transfers
@@ -143,7 +145,8 @@ def _store_cost(prompt: Prompt, rounds: int) -> Figure:
 def _commit_once(prompt: Prompt, loader: Loader, number: int) -> float:
     posted: list[Callable[[], None]] = []
     pool = BlockPool(prompt.num_blocks, BLOCK_SIZE)
-    transfers = Transfers(loader, pool, SHAPE, Counter(), posted.append, lambda sequence: None, 256)
+    planner = Planner("auto", SHAPE.bytes_per_token, BLOCK_SIZE, Speed(), loader)
+    transfers = Transfers(loader, planner, pool, SHAPE, Counter(), posted.append, lambda sequence: None, 256)
     request = EngineRequest(f"bench-{number}", prompt.token_ids, ROOT, prompt.block_hashes, None)
     sequence = Sequence(request, Listener(), BLOCK_SIZE, 0.0)
     sequence.block_table = pool.allocate(prompt.num_blocks) or []

@@ -16,6 +16,7 @@ import numpy as np
 import xxhash
 
 from cache.client import WarehouseClient
+from cache.encryption import Vault
 from cache.extent import ExtentHeader, front_bytes
 from cache.messages import LoadQuery
 from cache.node_store import NodeStore
@@ -133,8 +134,9 @@ class Target:
 class Store:
     """A closed folder of `num_chains` chains of five extents, that can be damaged, read and mended again."""
 
-    def __init__(self, folder: Path, num_chains: int) -> None:
+    def __init__(self, folder: Path, num_chains: int, vault: Vault | None = None) -> None:
         self.folder = folder
+        self._vault = vault
         chains = [[chain * 1000 + i for i in range(4 * BLOCKS * BLOCK_SIZE + 2)] for chain in range(1, num_chains + 1)]
         with self.open() as store:
             for tokens in chains:
@@ -149,12 +151,14 @@ class Store:
     def _target(self, header: ExtentHeader, chains: dict[int, list[int]]) -> Target:
         tokens = chains[int(header.token_ids[0]) // 1000 * 1000]
         end = header.first_block * BLOCK_SIZE + header.num_tokens
-        path = Path(f"{self.folder}/extents/{header.extent_id[:2]}/{header.extent_id[2:4]}/{header.extent_id}.kv")
+        name = header.extent_id if self._vault is None else self._vault.name_of(header.extent_id)
+        path = Path(f"{self.folder}/extents/{name[:2]}/{name[2:4]}/{name}.kv")
         return Target(path, header, path.read_bytes(), query(tokens[:end], first=header.first_block))
 
     def open(self) -> NodeStore:
         limits = budgets(dram=1 << 24, disk=1 << 30, blocks=BLOCKS)
-        return NodeStore(store_config(limits), MemoryTier(), FileTier(self.folder, fsync=False, lock_wait_s=0.0))
+        disk = FileTier(self.folder, fsync=False, lock_wait_s=0.0, vault=self._vault)
+        return NodeStore(store_config(limits), MemoryTier(), disk)
 
     def mend(self) -> None:
         """All is as it was after the first close."""
@@ -175,7 +179,7 @@ class Store:
         """Read every extent by itself; returns those that were not given in full."""
         missed: set[Target] = set()
         with self.open() as store:
-            client = WarehouseClient(store)
+            client = WarehouseClient(store, vault=self._vault)
             for target in self.targets:
                 if read_true(client, target.asked, found) < target.header.num_tokens:
                     missed.add(target)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cache import Fingerprint, FolderInUse, KVShape, Warehouse
+from cache import Fingerprint, FolderError, FolderInUse, KVShape, Warehouse
 from cache.tiers.disk import FileTier
 
 SHAPE = KVShape(num_layers=2, num_kv_heads=3, head_dim=4, dtype="float32")
@@ -73,6 +73,23 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
             warehouse.load(TOKENS, kv_of(len(TOKENS)).astype(np.float64))
         with pytest.raises(TypeError, match="not list"):
             warehouse.store(TOKENS, [1.0])
+
+
+def test_a_folder_can_be_encrypted(tmp_path: Path) -> None:
+    kv, key_file, folder = kv_of(len(TOKENS)), tmp_path / "key", tmp_path / "kv"
+    key_file.write_text("5a" * 32)
+    key_file.chmod(0o600)
+    for _ in range(2):
+        with Warehouse(FINGERPRINT, SHAPE, directory=folder, encryption_key_file=str(key_file)) as warehouse:
+            assert warehouse.store(TOKENS, kv)
+            out = np.zeros_like(kv)
+            assert warehouse.load(TOKENS, out) == len(TOKENS)
+            assert np.array_equal(out, kv)
+    with Warehouse(FINGERPRINT, SHAPE, directory=folder) as warehouse:
+        assert warehouse.lookup(TOKENS) == 0
+    key_file.chmod(0o644)
+    with pytest.raises(FolderError, match="chmod 600"):
+        Warehouse(FINGERPRINT, SHAPE, directory=folder, encryption_key_file=key_file)
 
 
 def test_a_folder_in_use_is_said(tmp_path: Path) -> None:

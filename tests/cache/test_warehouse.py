@@ -7,10 +7,12 @@ import pytest
 
 from cache.client import WarehouseClient
 from cache.events import Tier
+from cache.extent import LOCKED_MAGIC
 from cache.node_store import NodeStore
 from cache.tiers.disk import FileTier
 from cache.tiers.memory import MemoryTier
 from tests.cache.chains import IMAGE_BYTES, budgets, fill, offer, query, read_and_check, store_config
+from tests.cache.encrypted import vault
 from tests.contracts.warehouse import TOKENS, WarehouseContract
 
 
@@ -53,6 +55,25 @@ class TestDramTooSmall(InProcess):
         client.store(offer(TOKENS), fill)
         self.settle(client)
         assert read_and_check(client, query(TOKENS)).tiers.count(Tier.DISK) >= 11
+
+
+class TestEncrypted(InProcess):
+    """Nearly everything comes from encrypted files."""
+
+    @pytest.fixture
+    def client(self, tmp_path: Path) -> Iterator[WarehouseClient]:
+        disk = FileTier(tmp_path / "warehouse", fsync=False, vault=vault())
+        config = store_config(budgets(dram=2 * IMAGE_BYTES), store_wait_s=20.0)
+        with NodeStore(config, MemoryTier(), disk) as store:
+            yield WarehouseClient(store, vault=vault())
+            store.check_integrity()
+
+    def test_most_comes_from_disk(self, client: WarehouseClient, tmp_path: Path) -> None:
+        client.store(offer(TOKENS), fill)
+        self.settle(client)
+        assert read_and_check(client, query(TOKENS)).tiers.count(Tier.DISK) >= 11
+        for path in (tmp_path / "warehouse").glob("extents/*/*/*"):
+            assert path.read_bytes().startswith(LOCKED_MAGIC)
 
 
 class TestAfterARestart(InProcess):

@@ -112,6 +112,7 @@ class TestRefusals:
             ("cache: {dram_bytes: 16Q}", "such as 512KB, 16MB or 4GiB, not '16Q'"),
             ("cache: {dram_bytes: -1GB}", "such as 512KB, 16MB or 4GiB, not '-1GB'"),
             ("cache: {directory: 5}", "cache.directory: should be the path of a folder, not 5"),
+            ("cache: {encryption_key_file: 5}", "cache.encryption_key_file: should be the path of a file, not 5"),
             ("cache: {lease_ttl_s: .nan}", "cache.lease_ttl_s: should be a finite number"),
             ("model: {dtype: int8}", "model.dtype: should be 'auto', 'float32', 'bfloat16' or 'float16', not 'int8'"),
             ("model: {device: gpu}", "model.device: should be auto, cpu, cuda or cuda:N, not 'gpu'"),
