@@ -60,11 +60,13 @@ class ReplicaLoad:
     queued_prefill_tokens: int
     """Prompt tokens accepted and not yet computed."""
     prefill_tokens_per_s: float
-    """Measured; 0 before the first prefill."""
+    """Measured, of the first tokens of a prompt; 0 before the first prefill."""
     decode_step_s: float
     """Measured time of one decode step; 0 before the first."""
     load_bytes_per_s: tuple[tuple[Tier, float], ...] = ()
     """Measured bandwidth of loading from each tier, for those that were used."""
+    prefill_s_per_position: float = 0.0
+    """Measured: what a token takes longer for each token before it, in seconds; 0 before the first prefill."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,10 +106,14 @@ class Holdings:
         self._used.clear()
 
     def enter_tier(self, extent: Extent, tier: Tier) -> None:
-        """The extent has come into a tier: its policy orders it from now on."""
+        """The extent has come into a tier: its policy orders it from now on, before its ancestors."""
         self.settle_uses()
-        header = extent.header
-        self.policies[tier].add(header.extent_id, header.shape.bytes_per_token)
+        policy, header = self.policies[tier], extent.header
+        policy.add(header.extent_id, header.shape.bytes_per_token)
+        above = extent.parent
+        while above is not None:
+            policy.refresh(above.header.extent_id)
+            above = above.parent
 
     def _supersede(self, tail: Extent) -> None:
         if not tail.is_prepared:

@@ -79,6 +79,7 @@ class ReadAhead:
         self._timeout_s = timeout_s
         self._vault = vault
         self._backwards = backwards
+        self._is_closed = False
         self._encrypted = aligned_empty(0)
         """What is encrypted is read in here, and decrypted into a chunk's buffer."""
         self._free: queue.SimpleQueue[Image | None] = queue.SimpleQueue()
@@ -93,6 +94,7 @@ class ReadAhead:
 
     def close(self) -> None:
         """Let the thread end; it may take as long as the disk does."""
+        self._is_closed = True
         self._free.put(None)
 
     def chunks(self, piece: LoadPiece) -> Iterator[Chunk]:
@@ -118,6 +120,8 @@ class ReadAhead:
     def _run(self, pieces: Sequence[LoadPiece]) -> None:
         try:
             for piece in pieces:
+                if self._is_closed:
+                    return
                 read = self._read_file if self._is_file(piece) else self._read_image
                 for chunk in read(piece):
                     self._ready.put(chunk)
@@ -128,7 +132,7 @@ class ReadAhead:
 
     def _buffer(self) -> Image:
         buffer = self._free.get()
-        if buffer is None:
+        if buffer is None or self._is_closed:
             raise _NobodyWaits
         return buffer
 

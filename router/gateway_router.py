@@ -55,12 +55,12 @@ class Router:
         with self._lock:
             return tuple(sorted(self._mirror.loads))
 
-    @property
-    def prefill_tokens_per_s(self) -> float:
-        """The fastest prefill that a replica has measured, or what is assumed until one has."""
+    def seconds_to_compute(self, num_tokens: int) -> float:
+        """Time to prefill the first tokens of a prompt, by the fastest measured replica or as assumed without one."""
         with self._lock:
-            measured = [load.prefill_tokens_per_s for _, load in self._mirror.loads.values()]
-            return max(measured, default=0.0) or self._costs.prefill_tokens_per_s
+            measured = [load for _, load in self._mirror.loads.values() if load.prefill_tokens_per_s]
+        models = [self._costs.measured(load) for load in measured] or [self._costs]
+        return min(model.seconds_to_compute(num_tokens) for model in models)
 
     def position(self, node_id: str) -> tuple[str | None, int]:
         """See `Mirror.position`."""

@@ -189,7 +189,7 @@ def _weigh(
     rest = _tokens_to_compute(request, found.num_blocks)
     load_s = _seconds_to_load(found, request.block_size, own)
     queue_s = own.seconds_to_compute(replica.queued_tokens) + replica.num_requests * own.decode_step_s
-    compute_s = own.seconds_to_compute(rest)
+    compute_s = own.seconds_to_compute(rest, request.num_tokens - rest)
     prefill_remote = False
     if prefill is not None and rest >= config.remote_threshold_tokens:
         handoff_s = own.seconds_to_load(Tier.DRAM if prefill.node_id == replica.node_id else REMOTE, rest)
@@ -220,7 +220,8 @@ def _best_prefill(request: RouteRequest, view: RouterView, costs: CostModel) -> 
         own = costs.measured(replica.load)
         found = view.holdings.sources(replica.replica_id, replica.node_id)
         load_s = _seconds_to_load(found, request.block_size, own)
-        compute_s = load_s + own.seconds_to_compute(_tokens_to_compute(request, found.num_blocks))
+        rest = _tokens_to_compute(request, found.num_blocks)
+        compute_s = load_s + own.seconds_to_compute(rest, request.num_tokens - rest)
         return _PrefillPlace(
             replica.replica_id, replica.node_id, compute_s, own.seconds_to_compute(replica.queued_tokens)
         )

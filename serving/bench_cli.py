@@ -11,8 +11,10 @@ from serving.terminal import Terminal
 
 _EXAMPLES = """examples:
   tokenloft bench engine --quick
+  tokenloft bench regret --model smollm2-135m-instruct
   tokenloft bench warehouse --json > warehouse.json
   tokenloft bench warehouse --folder /mnt/nvme --plot plots
+  tokenloft bench eviction --trace conversation_trace.jsonl --sizes 1M,3M
 """
 
 
@@ -27,7 +29,9 @@ def add_benches(commands: Any) -> None:
     )
     names = bench.add_subparsers(required=True, metavar="NAME")
     _add_engine(names)
+    _add_regret(names)
     _add_warehouse(names)
+    _add_eviction(names)
 
 
 def _add(names: Any, name: str, help_text: str, description: str, quick: str) -> argparse.ArgumentParser:
@@ -50,6 +54,20 @@ def _add_engine(names: Any) -> None:
     command.set_defaults(run=_bench_engine)
 
 
+def _add_regret(names: Any) -> None:
+    command = _add(
+        names,
+        "regret",
+        "plans of loading and computing, beside either alone",
+        "Time to first token of a stored prompt as the engine plans it, beside loading all and computing all, over "
+        "links of several speeds.",
+        "one round, two links, shorter prompts",
+    )
+    command.add_argument("--model", metavar="M", default=ALIAS, help="as for serve (default %(default)s)")
+    command.add_argument("--threads", metavar="N", type=int, help="of the engines (default: all cores)")
+    command.set_defaults(run=_bench_regret)
+
+
 def _add_warehouse(names: Any) -> None:
     command = _add(
         names,
@@ -64,12 +82,59 @@ def _add_warehouse(names: Any) -> None:
     command.set_defaults(run=_bench_warehouse)
 
 
+def _add_eviction(names: Any) -> None:
+    command = _add(
+        names,
+        "eviction",
+        "hit rates of the eviction policies on a trace",
+        "Replays requests through the node store's ledger, without a model or KV, beside a cache that knows the future."
+        ' A trace is a file of JSON lines: {"input_length": tokens, "hash_ids": [block, block, ...]}.',
+        "the first 2,000 requests, at 1M tokens",
+    )
+    command.add_argument("--trace", metavar="FILE", type=Path, required=True, help="requests to replay")
+    command.add_argument(
+        "--sizes", metavar="N,N", type=_token_counts, help="tokens that the cache holds (default 0.3M,1M,3M,10M,30M)"
+    )
+    command.add_argument(
+        "--block-size", metavar="N", type=_token_count, default=512, help="tokens of a block (default %(default)s)"
+    )
+    command.add_argument("--plot", metavar="DIR", type=Path, help="write a chart of the hit rates there (PNG)")
+    command.set_defaults(run=_bench_eviction)
+
+
+def _token_counts(text: str) -> tuple[int, ...]:
+    return tuple(_token_count(part) for part in text.split(","))
+
+
+def _token_count(text: str) -> int:
+    """`300000`, `300K`, `0.3M`."""
+    number, factor = text.strip().upper(), 1
+    for suffix, each in (("K", 10**3), ("M", 10**6)):
+        if number.endswith(suffix):
+            number, factor = number[:-1], each
+    try:
+        count = round(float(number) * factor)
+    except (ValueError, OverflowError):
+        count = 0
+    if count <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens such as 300000, 300K or 0.3M")
+    return count
+
+
 def _bench_engine(parsed: argparse.Namespace, terminal: Terminal) -> None:
     model = prepare_model(parsed.model, terminal)
     from serving.bench.engine import EngineBenchOptions, run_engine_bench  # torch: seconds that other commands save
 
     options = EngineBenchOptions.of(model.directory, num_threads=parsed.threads, is_quick=parsed.quick)
     run_engine_bench(options, terminal.step).write(sys.stdout, as_json=parsed.json)
+
+
+def _bench_regret(parsed: argparse.Namespace, terminal: Terminal) -> None:
+    model = prepare_model(parsed.model, terminal)
+    from serving.bench.regret import RegretBenchOptions, run_regret_bench
+
+    options = RegretBenchOptions.of(model.directory, num_threads=parsed.threads, is_quick=parsed.quick)
+    run_regret_bench(options, terminal.step).write(sys.stdout, as_json=parsed.json)
 
 
 def _bench_warehouse(parsed: argparse.Namespace, terminal: Terminal) -> None:
@@ -79,6 +144,19 @@ def _bench_warehouse(parsed: argparse.Namespace, terminal: Terminal) -> None:
     options = WarehouseBenchOptions.of(parsed.folder, model_dir, is_quick=parsed.quick)
     try:
         report = run_warehouse_bench(options, terminal.step, parsed.plot)
+    except (OSError, ModuleNotFoundError) as error:
+        raise BenchError(f"the bench could not be run: {error}") from error
+    report.write(sys.stdout, as_json=parsed.json)
+
+
+def _bench_eviction(parsed: argparse.Namespace, terminal: Terminal) -> None:
+    from serving.bench.eviction import EvictionBenchOptions, run_eviction_bench
+
+    options = EvictionBenchOptions.of(
+        parsed.trace, parsed.sizes, parsed.block_size, plot_dir=parsed.plot, is_quick=parsed.quick
+    )
+    try:
+        report = run_eviction_bench(options, terminal.step)
     except (OSError, ModuleNotFoundError) as error:
         raise BenchError(f"the bench could not be run: {error}") from error
     report.write(sys.stdout, as_json=parsed.json)

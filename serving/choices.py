@@ -136,6 +136,7 @@ def total_usage(usages: Mapping[int, Usage], num_choices: int) -> Usage:
         ttft_s=min(one.ttft_s for one in prompts),
         saved_s=sum(one.saved_s for one in prompts),
         reason="; ".join(dict.fromkeys(one.reason for one in prompts)),
+        plan=prompts[0].plan if len(prompts) == 1 else None,
     )
 
 

@@ -209,7 +209,7 @@ class Gateway:
         usage = batch.usage
         if usage is None or self._router is None:
             return batch
-        saved_s = max(0.0, usage.cached_tokens / self._router.prefill_tokens_per_s - usage.load_s)
+        saved_s = max(0.0, self._router.seconds_to_compute(usage.cached_tokens) - usage.load_s)
         return replace(batch, usage=replace(usage, saved_s=saved_s))
 
     async def purge(self, tenant: str, session_id: str | None, root_hash: BlockHash | None) -> Mapping[str, Any]:

@@ -6,6 +6,7 @@ that OpenAI's schema requires, null where we have nothing; what was not set is n
 """
 
 import re
+from dataclasses import asdict
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, field_validator
@@ -222,6 +223,15 @@ class ComputedByRole(Outgoing):
     decode: int
 
 
+class UsagePlan(Outgoing):
+    """What the engine meant to do about the stored part of the prompt."""
+
+    kind: Literal["load", "compute", "both"]
+    load_tokens: int
+    compute_tokens: int
+    estimated_s: float
+
+
 class TokenloftUsage(Outgoing):
     """Our extension of the usage."""
 
@@ -233,6 +243,8 @@ class TokenloftUsage(Outgoing):
     """Estimate: computing what was reused, less loading it."""
     route: str
     """Why the router chose this replica."""
+    plan: UsagePlan | None
+    """None if nothing was stored but what the pool had, or if there are several prompts."""
 
 
 class CompletionUsage(Outgoing):
@@ -265,6 +277,7 @@ class CompletionUsage(Outgoing):
                 ttft_s=usage.ttft_s,
                 saved_s=usage.saved_s,
                 route=usage.reason,
+                plan=None if usage.plan is None else UsagePlan(**asdict(usage.plan)),
             ),
         )
 

@@ -1,6 +1,7 @@
 """What travels between gateway, decode and prefill: plain frozen values, no behaviour to speak of."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from cache.extent import NOBODY, Origin
 from cache.fingerprint import Fingerprint
@@ -89,6 +90,21 @@ class GenerateRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadPlan:
+    """How an engine meant to get the KV of a prompt's stored part, as it stood when the store had answered.
+
+    What really happened is in the usage: a load that turns out slow is helped by computing, and where both ends
+    are at work they meet where they meet.
+    """
+
+    kind: Literal["load", "compute", "both"]
+    load_tokens: int
+    compute_tokens: int
+    estimated_s: float
+    """Until all of it has KV."""
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """What an answer cost and where its prompt's KV came from. The four tiers and `computed` add up to the prompt."""
 
@@ -112,6 +128,8 @@ class Usage:
     """Estimate: computing what was reused, less loading it."""
     reason: str = ""
     """Why the router chose this replica."""
+    plan: LoadPlan | None = None
+    """None if nothing was stored but what the pool had already."""
 
     @property
     def cached_tokens(self) -> int:

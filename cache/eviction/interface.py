@@ -28,6 +28,9 @@ class EvictionPolicy(Protocol):
     def touch(self, extent_id: str) -> None:
         """The extent was used. Unknown ids are ignored."""
 
+    def refresh(self, extent_id: str) -> None:
+        """Something behind the extent has come in: it has to outlive that, but was not used again. Unknown: ignored."""
+
     def remove(self, extent_id: str) -> None:
         """The extent has left the tier. Unknown ids are ignored."""
 

@@ -28,6 +28,9 @@ class LruPolicy:
         if extent_id in self._order:
             self._order.move_to_end(extent_id)
 
+    def refresh(self, extent_id: str) -> None:
+        self.touch(extent_id)
+
     def remove(self, extent_id: str) -> None:
         self._order.pop(extent_id, None)
 

@@ -82,6 +82,13 @@ class ReusePolicy:
                 self._enter(extent_id, digest_of(extent_id), queue.group + 1, queue.bytes_per_token)
                 return
 
+    def refresh(self, extent_id: str) -> None:
+        for queue in self._queues.values():
+            if extent_id in queue.last_used:
+                queue.last_used[extent_id] = self._stamp
+                queue.last_used.move_to_end(extent_id)
+                return
+
     def remove(self, extent_id: str) -> None:
         for queue in self._queues.values():
             if queue.last_used.pop(extent_id, None) is not None:

@@ -51,6 +51,11 @@ class S3FifoPolicy:
             if extent_id in queue:
                 queue[extent_id] = min(queue[extent_id] + 1, _MOST_USES)
 
+    def refresh(self, extent_id: str) -> None:
+        for queue in (self._small, self._main):
+            if extent_id in queue:
+                queue.move_to_end(extent_id)
+
     def remove(self, extent_id: str) -> None:
         if self._small.pop(extent_id, None) is not None:
             self._departed.remember(digest_of(extent_id), 0)

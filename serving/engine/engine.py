@@ -25,6 +25,7 @@ from serving.engine.kv_pool import KVPool
 from serving.engine.loader import ConnectStore, Loader
 from serving.engine.logits import LogitsRow, check_params, ends_answer
 from serving.engine.measure import REPORT_INTERVAL_S, Reporter, Speed
+from serving.engine.planner import LoadMode, Planner
 from serving.engine.runner import ModelRunner, set_num_threads
 from serving.engine.sampler import Sampled, sample
 from serving.engine.scheduler import ScheduledPart, Scheduler
@@ -34,6 +35,9 @@ from serving.engine.transfers import Transfers
 from serving.protocol import TokenBatch
 
 logger = logging.getLogger("tokenloft.engine")
+
+LOOK_INTERVAL_S = 0.02
+"""How often an idle step loop looks whether a load is late."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -55,6 +59,8 @@ class EngineConfig:
     """Decode: uncached prompt tokens from which a prefill replica is asked."""
     kv_dtype: str | None = None
     """Dtype of stored KV, one of `KVShape.DTYPES`; None for the engine's own, which keeps every bit."""
+    load_plan: LoadMode = "auto"
+    """What to do about stored KV: what is ready first, or always the one thing."""
 
 
 class RequestTooLong(ValueError):
@@ -89,10 +95,13 @@ class Engine:
         pool = BlockPool(config.num_blocks, config.block_size)
         self._kv = KVPool(layout, config.num_blocks, runner.device, config.kv_dtype)
         self._scheduler = Scheduler(pool, config.max_running, config.step_tokens)
-        self._speed = Speed()
+        self._speed = Speed(config.step_tokens)
         self._loader = Loader(connect, self._kv) if connect else None
+        bytes_per_token = self._kv.stored_shape.bytes_per_token
+        self._planner = Planner(config.load_plan, bytes_per_token, config.block_size, self._speed, self._loader)
         self._transfers = Transfers(
             self._loader,
+            self._planner,
             pool,
             self._kv.stored_shape,
             self.counters,
@@ -100,6 +109,7 @@ class Engine:
             self._finish,
             config.remote_threshold_tokens,
         )
+        self._scheduler.loading_share = self._transfers.share_of_loading
         self._scheduler.offload = lambda sequence: self._transfers.offload(sequence, self._scheduler.requeue)
         self._reporter = (
             Reporter(config.replica_id, config.role, self._scheduler, self._speed, self._loader, self._post)
@@ -309,7 +319,8 @@ class Engine:
     def _wait(self) -> None:
         with self._wake:
             if not self._inbox and not self._is_stopping:
-                self._wake.wait(REPORT_INTERVAL_S)
+                is_meeting = any(sequence.meeting is not None for sequence in self._scheduler.admitted)
+                self._wake.wait(LOOK_INTERVAL_S if is_meeting else REPORT_INTERVAL_S)
 
     def _run_commands(self) -> None:
         while self._inbox:
@@ -393,8 +404,7 @@ class Engine:
         sequence.num_prompt_computed += sequence.account()
         self.counters["computed_tokens"] += part.num_tokens
         self.counters["computed_prompt_tokens"] += num_prompt
-        self._transfers.register_full_blocks(sequence)
-        self._transfers.hand_off(sequence)
+        self._transfers.on_computed(sequence)
         if sampled is not None:
             self._emit(sequence, sampled)
 
@@ -438,7 +448,7 @@ class Engine:
         if was_running:
             self._transfers.commit(sequence)
         else:
-            self._transfers.end_handoff(sequence)
+            self._transfers.abandon(sequence)
         self._transfers.release_if_idle(sequence)
 
     def _cancel(self, request_id: str) -> None:

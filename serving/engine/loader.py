@@ -10,21 +10,32 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 
-from cache.client import WarehouseClient
+from cache.client import TierSpeed, WarehouseClient
 from cache.errors import StoreUnavailable
 from cache.events import DeviceBlocks, ReplicaLoad, Tier
 from cache.extent import ExtentHeader, Image
 from cache.hashing import BlockHash
-from cache.messages import LoadQuery, StoreOffer
+from cache.messages import LoadGrant, LoadQuery, StoreOffer
+from cache.read_ahead import Block
 from serving.engine.kv_pool import KVPool
+from serving.engine.meeting import Meeting
 from serving.engine.runner import set_num_threads
+from serving.protocol import LoadPlan
 
 logger = logging.getLogger("tokenloft.engine")
 
 ConnectStore = Callable[[str | None], WarehouseClient]
 """Makes a client of a node's store, None meaning this node's. Clients are not shared between threads."""
+
+_MAX_PASSES = 3
+"""Tries at what a load from the back has not got to because of a block that could not be had."""
+_SPEED_HALF_LIFE_S = 1.0
+_SPEED_HALF_LIFE_BYTES = 32e6
+"""After reading for so long, or so much, what was measured before counts half: so both a tier that becomes slow
+and one that becomes fast again are noticed soon, and a few blocks say little."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +69,22 @@ class LoadResult:
 
 
 @dataclass(frozen=True, slots=True)
+class MeetingJob:
+    """Bring stored blocks of a prompt into the pool, beside a step loop that may compute from the front."""
+
+    query: LoadQuery
+    """The job's owner is its own: its leases end with it."""
+    block_table: tuple[int, ...]
+    meeting: Meeting
+    num_present_tokens: int
+    make_plan: Callable[[LoadGrant], LoadPlan]
+    on_planned: Callable[[LoadPlan], object]
+    """Called at most once, as soon as the store has answered, unless it has nothing."""
+    on_done: Callable[[float], object]
+    """Called exactly once, with the seconds that the job took. Nothing is written any more."""
+
+
+@dataclass(frozen=True, slots=True)
 class StoreJob:
     """Offer a chain of computed blocks to the warehouse."""
 
@@ -79,8 +106,7 @@ class Loader:
         # One thread, so that the extents of a chain are stored in order.
         self._stores = ThreadPoolExecutor(1, "tokenloft-store", set_num_threads, (1,))
         self._lock = threading.Lock()
-        self._seconds: dict[Tier, float] = {}
-        self._bytes: dict[Tier, int] = {}
+        self._bytes_per_s: dict[Tier, float] = {}
 
     def __repr__(self) -> str:
         return f"<Loader {self.bandwidths()}>"
@@ -132,17 +158,76 @@ class Loader:
             if not job.keep_lease:
                 client.release(query.owner)
 
+    def load_to_meet(self, job: MeetingJob) -> None:
+        """Start a load that meets what is computed; see `Meeting`."""
+        self._loads.submit(self._run_to_meet, job).add_done_callback(_log_failure)
+
+    def _run_to_meet(self, job: MeetingJob) -> None:
+        started = time.perf_counter()
+        try:
+            self._load_to_meet(job)
+        except StoreUnavailable as error:
+            logger.info("no load for %s: %s", job.query.owner, error)
+        finally:
+            job.on_done(time.perf_counter() - started)
+
+    def _load_to_meet(self, job: MeetingJob) -> None:
+        client, query, meeting = self._client(None), job.query, job.meeting
+        grant = client.lookup(query)
+        try:
+            if grant.num_tokens <= job.num_present_tokens:
+                return
+            plan = job.make_plan(grant)
+            meeting.begin_load(plan, grant.num_tokens, time.perf_counter())
+            job.on_planned(plan)
+            if plan.kind == "compute":
+                return
+            self._load_in_turn(client, job, grant)
+            for _ in range(_MAX_PASSES if meeting.is_turned else 0):
+                self._load_backwards(client, job, query, grant)
+                gap = meeting.gap()
+                if gap is None:
+                    return
+                meeting.begin_pass()
+                query = _only_before(gap[1], query)
+                grant = client.lookup(query)
+        finally:
+            self._note_speed(client)
+            client.release(query.owner)
+
+    def _load_in_turn(self, client: WarehouseClient, job: MeetingJob, grant: LoadGrant) -> None:
+        if job.meeting.is_turned:
+            return
+        with closing(client.read(job.query, grant)) as blocks:
+            for block in blocks:
+                if not job.meeting.claim_next():
+                    return
+                self._import(job, block)
+
+    def _load_backwards(self, client: WarehouseClient, job: MeetingJob, query: LoadQuery, grant: LoadGrant) -> None:
+        if job.meeting.gap() is None:
+            return
+        with closing(client.read(query, grant, backwards=True)) as blocks:
+            for block in blocks:
+                if not job.meeting.claim_previous(block.index * query.block_size):
+                    return
+                self._import(job, block)
+
+    def _import(self, job: MeetingJob, block: Block) -> None:
+        self._pool.import_(job.block_table[block.index], block.num_tokens, block.payload, block.stored_tokens)
+        begin = block.index * job.query.block_size
+        job.meeting.wrote(begin, begin + block.num_tokens, block.tier)
+
     def _note_speed(self, client: WarehouseClient) -> None:
         with self._lock:
             for tier, speed in client.speeds.items():
-                self._seconds[tier] = self._seconds.get(tier, 0.0) + speed.seconds
-                self._bytes[tier] = self._bytes.get(tier, 0) + speed.num_bytes
+                self._bytes_per_s[tier] = _mixed(self._bytes_per_s.get(tier), speed)
         client.speeds.clear()
 
     def bandwidths(self) -> tuple[tuple[Tier, float], ...]:
-        """Bytes per second loaded from each tier so far, copying into the pool included."""
+        """Bytes per second loaded from each tier of late, copying into the pool included."""
         with self._lock:
-            return tuple((tier, self._bytes[tier] / seconds) for tier, seconds in self._seconds.items() if seconds)
+            return tuple(self._bytes_per_s.items())
 
     def release(self, owner: str, node_id: str | None = None) -> None:
         """End the leases that jobs with `keep_lease` have left."""
@@ -206,6 +291,21 @@ class Loader:
             self._client(None).port.forget_engine(replica_id)
         except StoreUnavailable:
             logger.debug("the node store could not be told that the engine leaves")
+
+
+def _mixed(before: float | None, speed: TierSpeed) -> float:
+    """A geometric mean of bandwidths, as they may be orders of magnitude apart."""
+    latest = max(1, speed.num_bytes) / max(1e-9, speed.seconds)
+    if before is None:
+        return latest
+    kept = 0.5 ** (speed.seconds / _SPEED_HALF_LIFE_S + speed.num_bytes / _SPEED_HALF_LIFE_BYTES)
+    return float(before**kept * latest ** (1 - kept))
+
+
+def _only_before(num_tokens: int, query: LoadQuery) -> LoadQuery:
+    """The query for the first `num_tokens` tokens alone."""
+    hashes = query.block_hashes[: num_tokens // query.block_size]
+    return replace(query, block_hashes=hashes, token_ids=query.token_ids[:num_tokens])
 
 
 def _log_failure(job: "Future[None]") -> None:

@@ -9,6 +9,7 @@ from cache.events import DeviceBlocks, ReplicaLoad
 from cache.hashing import BlockHash, pack_hashes
 from serving.engine.loader import Loader
 from serving.engine.scheduler import ScheduledPart, Scheduler
+from serving.engine.step_cost import StepCost, StepCostFit, num_attended
 
 REPORT_INTERVAL_S = 0.25
 IDLE_REPORT_INTERVAL_S = 5.0
@@ -20,20 +21,44 @@ _MIN_PREFILL_TOKENS = 32
 """A shorter chunk's speed says more about the step's fixed cost than about prefill."""
 
 
-class Speed:
-    """Running averages over steps."""
+_MIN_FITTED_TOKENS = 8
 
-    def __init__(self) -> None:
+
+class Speed:
+    """Running averages over steps, and what a step of prefill costs at which place of a prompt."""
+
+    def __init__(self, step_tokens: int = 256) -> None:
         self.prefill_tokens_per_s = 0.0
         self.decode_step_s = 0.0
+        self._step_tokens = step_tokens
+        self._fit = StepCostFit()
+
+    @property
+    def step_cost(self) -> StepCost:
+        """As measured, or as assumed before the first prefill. May be read by any thread."""
+        return self._fit.cost
+
+    @property
+    def first_tokens_per_s(self) -> float:
+        """Speed of prefill where there is little to attend to yet; 0 before the first prefill."""
+        return self._fit.cost.tokens_per_s(self._step_tokens) if self._fit.is_measured else 0.0
+
+    @property
+    def prefill_s_per_position(self) -> float:
+        """See `ReplicaLoad`."""
+        return self._fit.cost.position_s if self._fit.is_measured else 0.0
 
     def note(self, parts: list[ScheduledPart], seconds: float) -> None:
-        """Take in one step."""
+        """Take in one step, whose sequences have not moved on yet."""
         num_tokens = sum(part.num_tokens for part in parts)
         if num_tokens == len(parts):
             self.decode_step_s = _mix(self.decode_step_s, seconds)
-        elif num_tokens >= _MIN_PREFILL_TOKENS:
+            return
+        if num_tokens >= _MIN_PREFILL_TOKENS:
             self.prefill_tokens_per_s = _mix(self.prefill_tokens_per_s, num_tokens / seconds)
+        if num_tokens >= _MIN_FITTED_TOKENS:
+            attended = sum(num_attended(part.num_tokens, part.sequence.num_computed) for part in parts)
+            self._fit.note(num_tokens, attended, seconds)
 
 
 def _mix(average: float, value: float) -> float:
@@ -102,7 +127,8 @@ class Reporter:
             num_running=len(scheduler.admitted),
             num_waiting=len(scheduler.waiting),
             queued_prefill_tokens=scheduler.num_queued_prefill_tokens,
-            prefill_tokens_per_s=self._speed.prefill_tokens_per_s,
+            prefill_tokens_per_s=self._speed.first_tokens_per_s,
             decode_step_s=self._speed.decode_step_s,
             load_bytes_per_s=self._loader.bandwidths(),
+            prefill_s_per_position=self._speed.prefill_s_per_position,
         )

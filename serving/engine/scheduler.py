@@ -2,9 +2,9 @@
 
 Sequences are admitted in the order of arrival, as soon as the pool can hold their prompt. A step computes one
 token of every sequence that decodes and fills the rest of its token budget with chunks of prompts, oldest
-first. When a decoding sequence needs a block and none is left, the youngest sequence is preempted: its blocks are
-offloaded to the warehouse where there is one, then given back; it waits at the front, and is admitted again from
-what the pool and the warehouse have of it.
+first, those of a loading one as far as computing helps its load. When a decoding sequence needs a block and none is
+left, the youngest sequence is preempted: its blocks are offloaded to the warehouse where there is one, then given
+back; it waits at the front, and is admitted again from what the pool and the warehouse have of it.
 
 Never touches the model, a tensor or a clock. Belongs to the step loop.
 """
@@ -32,6 +32,8 @@ class Scheduler:
         self.pool = pool
         self.offload: Callable[[Sequence], bool] = lambda sequence: False
         """Begins to store a preempted sequence's blocks and calls `requeue` at the end; False if it can't."""
+        self.loading_share: Callable[[Sequence, int], int] = lambda sequence, budget: 0
+        """How many tokens of a loading sequence, up to `budget`, are better computed in this step than waited for."""
         self.num_preemptions = 0
         self._max_running = max_running
         self._step_tokens = step_tokens
@@ -105,11 +107,17 @@ class Scheduler:
         for sequence in self.admitted:
             if budget <= 0:
                 break
-            if sequence.status is Status.RUNNING and sequence.num_uncomputed > 1:
-                num_tokens = min(budget, sequence.num_uncomputed)
+            if num_tokens := self._chunk(sequence, budget):
                 parts.append(ScheduledPart(sequence, num_tokens))
                 budget -= num_tokens
         return parts
+
+    def _chunk(self, sequence: Sequence, budget: int) -> int:
+        if sequence.status is Status.LOADING:
+            return self.loading_share(sequence, budget)
+        if sequence.status is Status.RUNNING and sequence.num_uncomputed > 1:
+            return min(budget, sequence.num_uncomputed)
+        return 0
 
     def _plan_decodes(self) -> list[ScheduledPart]:
         parts: list[ScheduledPart] = []

@@ -20,7 +20,8 @@ from cache.hashing import BlockHash, TokenIds, block_hash
 from serving.engine.block_pool import Owner
 from serving.engine.detokenizer import IncrementalDetokenizer
 from serving.engine.grammar import Matcher
-from serving.protocol import SamplingParams, TokenBatch, Usage
+from serving.engine.meeting import Meeting
+from serving.protocol import LoadPlan, SamplingParams, TokenBatch, Usage
 
 
 class Status(Enum):
@@ -31,7 +32,7 @@ class Status(Enum):
     WAITING = "waiting"
     """No blocks yet."""
     LOADING = "loading"
-    """Has its blocks; stored KV, or a prefill replica's, is on its way into them."""
+    """Has its blocks; stored KV, or a prefill replica's, is on its way into them, or may be computed meanwhile."""
     RUNNING = "running"
     OFFLOADING = "offloading"
     """Preempted: its blocks are on their way into the warehouse, then they are given back."""
@@ -102,6 +103,11 @@ class Sequence:
     """Decode: announced tokens that a load has been tried for; it may have brought less."""
     offered_tokens: int = 0
     """Prefill: leading tokens offered to the store so far."""
+    meeting: Meeting | None = None
+    """Its load of stored KV, until everything that was loaded has joined what was computed."""
+    num_loads: int = 0
+    """Loads of stored KV begun; each has leases of its own."""
+    plan: LoadPlan | None = None
     is_load_in_flight: bool = False
     num_stores_in_flight: int = 0
     is_purged: bool = False
@@ -236,4 +242,5 @@ class Sequence:
             load_s=self.load_s,
             ttft_s=(self.first_token_at - self.arrived_at) if self.first_token_at is not None else 0.0,
             reason=self.request.reason,
+            plan=self.plan,
         )

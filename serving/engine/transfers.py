@@ -1,10 +1,14 @@
 """What a sequence loads, hands off and leaves behind. Part of the step loop: decides and posts jobs.
 
-    decode:   admitted -> load what is stored -> short rest: compute it
+    decode:   admitted -> load what is stored, or compute it, or both at once (see `meeting` and `planner`)
+                                              -> short rest: compute it
                                               -> long rest: ask a prefill replica, load its blocks as announced
               finished -> commit all blocks, the decoded ones and the tail too
     prefill:  admitted -> load what is stored -> hand off what is there -> after each step hand off the new blocks
 
+A decode replica computes from the front itself beside a load, and asks a prefill replica for the rest when the two
+have met: what is stored would have to come through the same tier for the other, too. Only what a load has left
+behind because it failed may go to a prefill replica, if it is long.
 A sequence's blocks are given back only when no loader thread reads or writes them any more.
 """
 
@@ -17,8 +21,11 @@ from cache.extent import KVShape
 from cache.hashing import block_hash
 from cache.messages import LoadQuery, StoreOffer
 from serving.engine.block_pool import BlockPool
-from serving.engine.loader import Loader, LoadJob, LoadResult, StoreJob
+from serving.engine.loader import Loader, LoadJob, LoadResult, MeetingJob, StoreJob
+from serving.engine.meeting import Meeting
+from serving.engine.planner import Planner
 from serving.engine.sequence import Sequence, Status
+from serving.protocol import LoadPlan
 
 logger = logging.getLogger("tokenloft.engine")
 
@@ -34,6 +41,7 @@ class Transfers:
     def __init__(
         self,
         loader: Loader | None,
+        planner: Planner,
         pool: BlockPool,
         shape: KVShape,
         counters: Counter[str],
@@ -42,6 +50,7 @@ class Transfers:
         remote_threshold_tokens: int,
     ) -> None:
         self._loader = loader
+        self._planner = planner
         self._pool = pool
         self._block_size = pool.block_size
         self._shape = shape
@@ -56,33 +65,110 @@ class Transfers:
         """The sequence has its blocks and what the pool had of it: look for more in the warehouse."""
         self._count_cached(sequence, Tier.DEVICE, sequence.account())
         num_tokens = len(sequence.reusable_tokens)
-        if self._loader is None or not sequence.request.use_cache or sequence.num_computed >= num_tokens:
-            self._plan_rest(sequence)
+        may_load = self._loader is not None and sequence.request.use_cache and not self._planner.never_loads
+        if may_load and sequence.num_computed < num_tokens:
+            self._load_stored(sequence, num_tokens)
         else:
-            self._load(sequence, num_tokens, None, is_handoff=False)
+            self._plan_rest(sequence)
 
-    def _load(self, sequence: Sequence, num_tokens: int, node_id: str | None, *, is_handoff: bool) -> None:
+    def _load_stored(self, sequence: Sequence, num_tokens: int) -> None:
         """Ask the store for what continues the sequence, up to its first `num_tokens` tokens."""
         assert self._loader is not None
         sequence.status = Status.LOADING
         sequence.is_load_in_flight = True
-        query = LoadQuery(
+        sequence.num_loads += 1
+        first_token = sequence.num_computed
+        meeting = Meeting(first_token, num_tokens, self._block_size, self._planner.now())
+        sequence.meeting = meeting
+        # Leases of its own: a load that was met ends them when the next one may have begun.
+        owner = f"{sequence.request_id}/load {sequence.num_loads}"
+        self._loader.load_to_meet(
+            MeetingJob(
+                self._query(sequence, num_tokens, owner),
+                tuple(sequence.block_table),
+                meeting,
+                first_token,
+                lambda grant: self._planner.plan(grant, first_token),
+                lambda plan: self._post(lambda: self._on_planned(sequence, plan)),
+                lambda seconds: self._post(lambda: self._on_load_ended(sequence, meeting, seconds)),
+            )
+        )
+
+    def _query(self, sequence: Sequence, num_tokens: int, owner: str) -> LoadQuery:
+        return LoadQuery(
             sequence.request.root_hash,
             tuple(sequence.block_hashes[: num_tokens // self._block_size]),
             sequence.token_ids[:num_tokens].copy(),
             self._block_size,
             sequence.num_computed // self._block_size,
-            sequence.request_id,
+            owner,
         )
 
-        def on_done(result: LoadResult) -> None:
-            self._post(lambda: self._on_loaded(sequence, result, is_handoff))
+    def _on_planned(self, sequence: Sequence, plan: LoadPlan) -> None:
+        sequence.plan = sequence.plan or plan
+        self._counters[f"plans_to_{plan.kind}"] += 1
 
-        # A handoff's leases hold blocks that are still to be loaded; `end_handoff` releases them.
-        job = LoadJob(query, tuple(sequence.block_table), sequence.num_computed, on_done, node_id, is_handoff)
+    def share_of_loading(self, sequence: Sequence, budget: int) -> int:
+        """How many tokens of a loading sequence, `budget` at most, to compute in the next step. They must be."""
+        meeting = sequence.meeting
+        if meeting is None or not self._planner.may_compute(meeting):
+            return 0
+        self._take_loaded(sequence, meeting)  # what a load has brought before it was turned
+        return meeting.claim_front(self._planner.chunk(meeting, sequence.num_computed, budget))
+
+    def on_computed(self, sequence: Sequence) -> None:
+        """More of the sequence has KV after a step."""
+        meeting = sequence.meeting
+        if meeting is not None and meeting.meet(sequence.num_computed):
+            if sequence.is_load_in_flight:  # it is ending, and writes nothing any more
+                sequence.is_load_in_flight = False
+                sequence.load_s += self._planner.now() - meeting.began_at
+            self._join(sequence, meeting)
+        self.register_full_blocks(sequence)
+        self.hand_off(sequence)
+
+    def _on_load_ended(self, sequence: Sequence, meeting: Meeting, seconds: float) -> None:
+        if sequence.meeting is not meeting or not sequence.is_load_in_flight:
+            return  # met before it had ended
+        sequence.is_load_in_flight = False
+        sequence.load_s += seconds
+        if sequence.status is Status.FINISHED:
+            self.release_if_idle(sequence)
+            return
+        meeting.end_load()
+        self._join(sequence, meeting)
+
+    def _join(self, sequence: Sequence, meeting: Meeting) -> None:
+        """The load has ended: what it has brought goes to what is computed, if nothing is missing between the two."""
+        self._take_loaded(sequence, meeting)
+        self.register_full_blocks(sequence)
+        is_gap_long = meeting.back - sequence.num_computed >= self._remote_threshold_tokens
+        if meeting.has_more and not (is_gap_long and self._can_ask_prefill(sequence)):
+            return
+        sequence.meeting = None
+        self._plan_rest(sequence)
+
+    def _take_loaded(self, sequence: Sequence, meeting: Meeting) -> None:
+        while (loaded := meeting.take(sequence.num_computed)) is not None:
+            self._counters["loaded_tokens"] += loaded.end - sequence.num_computed
+            sequence.num_computed = loaded.end
+            self._count_tiers(sequence, loaded.by_tier, sequence.account())
+
+    def _load_announced_from(self, sequence: Sequence, num_tokens: int, node_id: str | None) -> None:
+        """Ask the store for what a prefill replica has handed off, up to the sequence's first `num_tokens` tokens."""
+        assert self._loader is not None
+        sequence.status = Status.LOADING
+        sequence.is_load_in_flight = True
+        query = self._query(sequence, num_tokens, sequence.request_id)
+
+        def on_done(result: LoadResult) -> None:
+            self._post(lambda: self._on_handoff_loaded(sequence, result))
+
+        # The leases hold blocks that are still to be loaded; `end_handoff` releases them.
+        job = LoadJob(query, tuple(sequence.block_table), sequence.num_computed, on_done, node_id, keep_lease=True)
         self._loader.load(job)
 
-    def _on_loaded(self, sequence: Sequence, result: LoadResult, is_handoff: bool) -> None:
+    def _on_handoff_loaded(self, sequence: Sequence, result: LoadResult) -> None:
         sequence.is_load_in_flight = False
         sequence.load_s += result.seconds
         if sequence.status is Status.FINISHED:
@@ -91,20 +177,12 @@ class Transfers:
             return
         self._counters["loaded_tokens"] += result.num_tokens - sequence.num_computed
         sequence.num_computed = result.num_tokens
-        gained = sequence.account()
-        if is_handoff:
-            sequence.prefill_tokens += gained
-        else:
-            self._count_loaded(sequence, result, gained)
+        sequence.prefill_tokens += sequence.account()
         self.register_full_blocks(sequence)
         self._plan_rest(sequence)
 
-    def _count_loaded(self, sequence: Sequence, result: LoadResult, gained: int) -> None:
-        if result.is_remote:
-            sequence.remote_tokens += gained
-            self._counters["remote_tokens"] += gained
-            return
-        for tier, num_tokens in result.by_tier.items():
+    def _count_tiers(self, sequence: Sequence, by_tier: dict[Tier, int], gained: int) -> None:
+        for tier, num_tokens in by_tier.items():
             self._count_cached(sequence, tier, min(num_tokens, gained))
             gained -= min(num_tokens, gained)
 
@@ -115,11 +193,7 @@ class Transfers:
     def _plan_rest(self, sequence: Sequence) -> None:
         """What is stored is here: have the rest computed, by a prefill replica if it is long."""
         ask = sequence.listener.ask_prefill
-        if (
-            ask is not None
-            and not sequence.has_asked_prefill
-            and sequence.num_uncomputed >= self._remote_threshold_tokens
-        ):
+        if ask is not None and self._can_ask_prefill(sequence):
             sequence.has_asked_prefill = True
             sequence.is_handoff_open = ask(sequence)
         if self._load_announced(sequence):
@@ -130,6 +204,13 @@ class Transfers:
             self.end_handoff(sequence)
             sequence.status = Status.RUNNING
             self.hand_off(sequence)
+
+    def _can_ask_prefill(self, sequence: Sequence) -> bool:
+        return (
+            sequence.listener.ask_prefill is not None
+            and not sequence.has_asked_prefill
+            and sequence.num_uncomputed >= self._remote_threshold_tokens
+        )
 
     # -- handoff, decode's side ---------------------------------------------------------------------
 
@@ -149,7 +230,7 @@ class Transfers:
         if sequence.announced_tokens <= max(sequence.tried_tokens, sequence.num_computed):
             return False
         sequence.tried_tokens = sequence.announced_tokens
-        self._load(sequence, sequence.announced_tokens, sequence.announced_node_id, is_handoff=True)
+        self._load_announced_from(sequence, sequence.announced_tokens, sequence.announced_node_id)
         return True
 
     def on_handoff_closed(self, sequence: Sequence) -> None:
@@ -159,6 +240,12 @@ class Transfers:
         sequence.is_handoff_open = False
         if not sequence.is_load_in_flight:
             self._plan_rest(sequence)
+
+    def abandon(self, sequence: Sequence) -> None:
+        """The sequence has been taken out of the schedule while it was loading, or before."""
+        if sequence.meeting is not None:
+            sequence.meeting.stop()
+        self.end_handoff(sequence)
 
     def end_handoff(self, sequence: Sequence) -> None:
         """Let go of what the prefill replica has left in the store for this sequence."""

@@ -192,9 +192,22 @@ def test_a_write_does_not_evict_its_own_ancestors_from_disk() -> None:
     books.store(chain(1, 4))
     assert len(books.write_behind()) == 2
     assert books.ledger.counters["dropped_writes"] == 2
-    assert list(books.ledger.held.policies[DISK].victims()) == [
-        header_of(chain(1, 4)[:end], end // 4 - 1).extent_id for end in (4, 8)
+    assert list(books.ledger.held.victims(DISK)) == [
+        header_of(chain(1, 4)[:end], end // 4 - 1).extent_id for end in (8, 4)
     ]
+
+
+def test_a_chain_that_is_stored_root_first_is_in_the_order_in_which_it_leaves() -> None:
+    """No walk over its ancestors to find the one that may go; a store behind them keeps them as it is kept."""
+    books = Books(dram=9, disk=9)
+    books.store(chain(2))
+    books.store(chain(1, 2))
+    books.store(chain(3))
+    books.store(chain(2, 2))
+    books.write_behind()
+    one, two, three = chain(1, 2), chain(2, 2), chain(3)
+    expected = [header_of(one, 1), header_of(one[:4]), header_of(three), header_of(two, 1), header_of(two[:4])]
+    assert list(books.ledger.held.victims(DRAM)) == [header.extent_id for header in expected]
 
 
 # -- superseded tails -------------------------------------------------------------------------------

@@ -49,6 +49,18 @@ def test_a_router_that_heard_nothing_leaves_it_to_serve() -> None:
     assert router.known_replicas == ()
 
 
+def test_computing_takes_what_the_fastest_measured_replica_takes() -> None:
+    router = make_router()
+    router.apply(snapshot(decode_load("a")))
+    assert router.seconds_to_compute(600) == pytest.approx(2), "as assumed"
+    slow = ReplicaLoad("b", "decode", 0, 0, 0, 200.0, 0.0)
+    router.apply(snapshot(decode_load("a"), slow))
+    assert router.seconds_to_compute(600) == pytest.approx(3)
+    fast = ReplicaLoad("p", "prefill", 0, 0, 0, 600.0, 0.0, prefill_s_per_position=1e-6)
+    router.apply(snapshot(decode_load("a"), slow, fast))
+    assert router.seconds_to_compute(600) == pytest.approx(1 + 0.18)
+
+
 def test_turns_go_where_the_blocks_are() -> None:
     router = make_router()
     asked = request(320)

@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator
 import pytest
 
 from serving.choices import AnswerCutShort, ChoiceLedger, gather_choices, merged, total_usage
-from serving.protocol import TokenBatch, TokenLogprob, Usage
+from serving.protocol import LoadPlan, TokenBatch, TokenLogprob, Usage
 
 
 async def batches_of(*batches: TokenBatch) -> AsyncGenerator[TokenBatch, None]:
@@ -106,7 +106,8 @@ def test_an_answer_needs_an_end_of_every_choice_and_a_usage() -> None:
 def test_a_prompt_counts_once_and_as_its_first_choice_found_it() -> None:
     cold = Usage(10, 3, decode_computed_tokens=10, load_s=0.5, ttft_s=0.9, saved_s=0.0, reason="least loaded")
     shared = Usage(10, 4, device_tokens=9, decode_computed_tokens=1, load_s=0.1, ttft_s=1.0, saved_s=2.0)
-    warm = Usage(20, 5, disk_tokens=20, load_s=0.25, ttft_s=0.2, saved_s=3.0, reason="longest match")
+    plan = LoadPlan("load", 20, 0, 0.2)
+    warm = Usage(20, 5, disk_tokens=20, load_s=0.25, ttft_s=0.2, saved_s=3.0, reason="longest match", plan=plan)
     total = total_usage({3: shared, 1: shared, 0: cold, 2: warm}, num_choices=2)
     assert total == Usage(
         prompt_tokens=30,
@@ -120,3 +121,4 @@ def test_a_prompt_counts_once_and_as_its_first_choice_found_it() -> None:
     )
     assert total.cached_tokens + total.prefill_tokens + total.decode_computed_tokens == total.prompt_tokens
     assert total_usage({0: cold}, 1) == cold
+    assert total_usage({0: warm}, 1) == warm

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from pydantic import ValidationError
 from serving.chat_schema import ChatCompletionRequest
 from serving.http_errors import from_pydantic
 from serving.openai_schema import CompletionUsage, GenerationRequest
-from serving.protocol import SamplingParams, Usage
+from serving.protocol import LoadPlan, SamplingParams, Usage
 from serving.text_schema import CompletionRequest
 
 USER = {"role": "user", "content": "hello"}
@@ -120,6 +121,7 @@ def test_usage_splits_the_prompt_by_tier_and_role() -> None:
         ttft_s=0.5,
         saved_s=1.5,
         reason="longest match",
+        plan=LoadPlan("both", 25, 5, 0.125),
     )
     assert json.loads(CompletionUsage.of(usage).as_json()) == {
         "prompt_tokens": 100,
@@ -139,5 +141,7 @@ def test_usage_splits_the_prompt_by_tier_and_role() -> None:
             "ttft_s": 0.5,
             "saved_s": 1.5,
             "route": "longest match",
+            "plan": {"kind": "both", "load_tokens": 25, "compute_tokens": 5, "estimated_s": 0.125},
         },
     }
+    assert json.loads(CompletionUsage.of(replace(usage, plan=None)).as_json())["tokenloft"]["plan"] is None

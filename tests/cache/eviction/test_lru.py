@@ -1,4 +1,4 @@
-"""Eviction policies."""
+"""Least recently used first."""
 
 from cache.eviction import EvictionPolicy, LruPolicy
 from tests.contracts.eviction_policy import EvictionPolicyContract

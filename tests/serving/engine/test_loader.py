@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache.client import WarehouseClient
+from cache.client import TierSpeed, WarehouseClient
 from cache.errors import StoreUnavailable
 from cache.events import DeviceBlocks, ReplicaLoad, Tier
 from cache.extent import Image
@@ -127,6 +127,24 @@ def test_what_is_stored_from_one_table_is_loaded_into_another() -> None:
         ((tier, bandwidth),) = b.loader.bandwidths()
         assert tier is Tier.DRAM
         assert bandwidth > 0
+
+
+def test_bandwidths_follow_the_tier_and_a_few_bytes_say_little() -> None:
+    with bench() as b:
+        client = WarehouseClient(b.store)
+
+        def read(num_bytes: float, seconds: float) -> float:
+            client.speeds[Tier.DISK] = TierSpeed(int(num_bytes), seconds)
+            b.loader._note_speed(client)
+            assert not client.speeds
+            return dict(b.loader.bandwidths())[Tier.DISK]
+
+        assert read(200e6, 0.2) == pytest.approx(1e9)
+        assert read(1e6, 0.01) > 9e8
+        assert read(100e6, 5.0) < 3e7, "it has become slow"
+        for _ in range(3):
+            last = read(200e6, 0.2)
+        assert last > 9e8, "and fast again"
 
 
 def test_a_load_brings_only_what_is_not_there_yet() -> None:
