@@ -105,18 +105,23 @@ class ExtentTree:
 
         `readable_from`: readable extents only, and nothing behind the first gap from that block on.
         """
-        packed = pack_hashes(block_hashes)
+        packed, find = pack_hashes(block_hashes), self._by_first.get
         runs: list[Run] = []
         at = 0
         while at < len(block_hashes):
-            extent = self._by_first.get(block_hashes[at])
-            if extent is None or (readable_from is not None and not extent.is_readable):
+            extent = find(block_hashes[at])
+            if extent is None or (readable_from is not None and not (extent.in_dram or extent.on_disk)):
                 if readable_from is not None and at >= readable_from:
                     break
                 at += 1
                 continue
-            num_blocks = _shared_blocks(extent.header.packed_hashes, packed, at)
-            runs.append(Run(extent, 0, at, num_blocks * extent.header.block_size))
+            header = extent.header
+            stored = header.packed_hashes
+            if packed.startswith(stored, at * HASH_BYTES):
+                num_blocks = len(stored) // HASH_BYTES
+            else:
+                num_blocks = _shared_blocks(stored, packed, at)
+            runs.append(Run(extent, 0, at, num_blocks * header.block_size))
             at += num_blocks
         return runs
 
@@ -311,10 +316,8 @@ def _first_readable(children: Sequence[Extent], order: Iterable[int]) -> Iterato
 
 
 def _shared_blocks(stored: bytes, asked: bytes, at: int) -> int:
-    """How many blocks of an extent go on as the chain does from block `at` on; the first one does."""
+    """How many blocks of an extent go on as the chain does from block `at` on: the first one does, not all do."""
     start = at * HASH_BYTES
-    if asked.startswith(stored, start):
-        return len(stored) // HASH_BYTES
     offset = HASH_BYTES
     while asked.startswith(stored[offset : offset + HASH_BYTES], start + offset):
         offset += HASH_BYTES

@@ -140,11 +140,6 @@ class Ledger:
         if owner in self._leases:
             self._leases[owner].expires_at = now + self._lease_ttl_s
 
-    def note_disk_hit(self, extent: Extent) -> bool:
-        """Count a read from disk; True when the extent has earned its place in dram (the second hit)."""
-        extent.num_disk_hits += 1
-        return extent.num_disk_hits >= 2 and not extent.in_dram
-
     def _lease(self, owner: str, extents: Iterable[Extent], now: float) -> None:
         lease = self._leases.setdefault(owner, Lease(0.0))
         lease.expires_at = now + self._lease_ttl_s

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from cache.collector import paused_collector
@@ -30,6 +30,9 @@ from cache.steady_clock import SteadyClock
 from cache.tiers.interface import DiskTier, DramTier
 
 logger = logging.getLogger("tokenloft.warehouse")
+
+PROMOTE_AT_HIT = 2
+"""Reads from disk after which an extent has earned its place in dram."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,24 +106,23 @@ class NodeStore:
             if not runs:
                 return LoadGrant()
             num_tokens = runs[-1].first_block * query.block_size + runs[-1].num_tokens
-            return LoadGrant(tuple(self._piece(run) for run in runs), num_tokens)
+            return LoadGrant(tuple(self._pieces(runs)), num_tokens)
 
-    def _piece(self, run: Run) -> LoadPiece:
-        extent = run.extent
-        extent_id = extent.header.extent_id
-        tier = Tier.DRAM if extent.in_dram else Tier.DISK
-        if tier is Tier.DISK and self._ledger.note_disk_hit(extent):
-            self._worker.promotions[extent_id] = None
-            self._changed.notify_all()
-        return LoadPiece(
-            extent_id, tier, run.first_block, run.num_tokens, run.index_in_extent, self._source(extent_id, tier)
-        )
-
-    def _source(self, extent_id: str, tier: Tier) -> object:
-        if tier is Tier.DRAM:
-            return self._dram.source(extent_id)
-        assert self._disk is not None
-        return self._disk.path(extent_id)
+    def _pieces(self, runs: list[Run]) -> Iterator[LoadPiece]:
+        """Under the lock, and once for each of maybe hundreds of extents: hence no calls that can be spared."""
+        in_dram = self._dram.source
+        on_disk = self._disk.path if self._disk is not None else None
+        for extent, index_in_extent, first_block, num_tokens in runs:
+            extent_id = extent.header.extent_id
+            if extent.in_dram or on_disk is None:
+                tier, source = Tier.DRAM, in_dram(extent_id)
+            else:
+                tier, source = Tier.DISK, on_disk(extent_id)
+                extent.num_disk_hits += 1
+                if extent.num_disk_hits >= PROMOTE_AT_HIT:
+                    self._worker.promotions[extent_id] = None
+                    self._changed.notify_all()
+            yield LoadPiece(extent_id, tier, first_block, num_tokens, index_in_extent, source)
 
     def complete_load(self, owner: str) -> None:
         """End the leases of `owner`."""

@@ -125,14 +125,6 @@ def test_what_is_being_promoted_stays_on_disk() -> None:
     books.ledger.disk.complete_promote(header.extent_id, succeeded=True)
 
 
-def test_the_second_hit_earns_a_promotion() -> None:
-    books = Books(disk=4)
-    books.ledger.disk.recover([header_of(chain(1))])
-    extent = books.ledger.held.find(header_of(chain(1)).extent_id)
-    assert extent is not None
-    assert [books.ledger.note_disk_hit(extent) for _ in range(3)] == [False, True, True]
-
-
 # -- recovery ---------------------------------------------------------------------------------------
 
 
