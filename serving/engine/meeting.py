@@ -82,20 +82,22 @@ class Meeting:
     def claim_previous(self, begin: int) -> bool:
         """May the block that begins at `begin` be written, coming from the back? False if the load is to stop."""
         with self._lock:
-            if self._is_stopped or begin < self._floor:
+            if self._is_stopped or begin < self._floor or self._back() <= self._front:
                 return False
             self._writing = begin
             return True
 
     def wrote(self, begin: int, end: int, tier: Tier) -> None:
-        """A claimed block is whole."""
+        """A claimed block is whole. It may end before the front: a store that lost a block may have a shorter tail."""
         with self._lock:
+            self._writing = None
             begin = max(begin, self._front)
+            if begin >= end:
+                return
             if self._growing is None:
                 self._growing = LoadedRange(begin, end)
             self._growing.add(begin, end, tier)
             self._num_loaded += end - begin
-            self._writing = None
             if not self._is_turned:
                 self._front = end
                 self._floor = end // self._block_size * self._block_size

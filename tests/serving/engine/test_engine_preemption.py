@@ -1,5 +1,6 @@
 """Sequences that lose their blocks, are forked, or come from another engine: nothing is computed twice."""
 
+import threading
 import time
 from pathlib import Path
 
@@ -58,6 +59,11 @@ def test_a_cancel_while_blocks_are_offloaded_gives_them_back_once(tiny_model_dir
             for request_id in ids:
                 engine.engine.cancel(request_id)
             engine.engine.check_integrity()
+        # The engine's own stores first: the node store knows nothing yet of those that still wait.
+        stores_ended = threading.Event()
+        assert engine.engine._loader is not None
+        engine.engine._loader.after_stores(stores_ended.set)
+        assert stores_ended.wait(30.0)
         assert store.flush()
         engine.engine.check_integrity()
         assert engine.engine.stats()["num_used_blocks"] == 0

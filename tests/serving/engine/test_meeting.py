@@ -3,7 +3,7 @@
 import threading
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cache.events import Tier
@@ -125,6 +125,18 @@ def test_stop_ends_the_load_but_not_a_block_that_is_being_written() -> None:
     assert meeting.gap() is None
 
 
+@pytest.mark.parametrize("kind", ["both", "load"])
+def test_a_block_that_brings_nothing_is_not_waited_for(kind: str) -> None:
+    """After a bad block, the store may offer a tail that ends before what the pool has."""
+    meeting = meeting_of(6, 12, kind)
+    assert meeting.claim_previous(4) if kind == "both" else meeting.claim_next()
+    meeting.wrote(4, 5, Tier.DISK)
+    assert meeting.num_loaded == 0
+    meeting.end_load()
+    assert not meeting.has_more
+    assert meeting.back == 6
+
+
 class Sides:
     """Both sides of a meeting in one thread, each moved on by the test."""
 
@@ -184,6 +196,7 @@ class Sides:
     st.lists(st.integers(0, 14), max_size=4),
     st.booleans(),
 )
+@example(0, 1, [0, 9, 0], [], True)
 def test_in_any_order_every_token_comes_from_one_side(
     front: int, num_stored: int, order: list[int], bad_blocks: list[int], begins_in_turn: bool
 ) -> None:
