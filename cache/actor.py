@@ -105,6 +105,9 @@ class NodeStoreActor:
         self._opened.report_hang(reason)
 
     @ray.method(concurrency_group="read")
+    def report_unreadable(self, extent_id: str) -> None:
+        self._opened.report_unreadable(extent_id)
+
     def report_bad(self, extent_id: str, tier: Tier, reason: str) -> None:
         self._opened.report_bad(extent_id, tier, reason)
 
@@ -252,6 +255,9 @@ class RayStorePort:
 
     def report_hang(self, reason: str) -> None:
         self._call("report_hang", reason)
+
+    def report_unreadable(self, extent_id: str) -> None:
+        self._call("report_unreadable", extent_id)
 
     def report_bad(self, extent_id: str, tier: Tier, reason: str) -> None:
         self._call("report_bad", extent_id, tier, reason)

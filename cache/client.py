@@ -23,6 +23,8 @@ from cache.messages import LoadGrant, LoadPiece, LoadQuery, StoreGrant, StoreOff
 from cache.read_ahead import Block, ReadAhead
 
 READ_TIMEOUT_S = 5.0
+RENEW_INTERVAL_S = 15.0
+"""A quarter of the time that a lease lasts."""
 _OWN_LIMITS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 """Errors that tell of this process or machine, and nothing of the file."""
 NUM_IN_FLIGHT = 4
@@ -40,6 +42,7 @@ class StorePort(Protocol):
     def renew_lease(self, owner: str) -> None: ...
     def request_image(self, extent_id: str, tier: Tier) -> Any: ...
     def report_bad(self, extent_id: str, tier: Tier, reason: str) -> None: ...
+    def report_unreadable(self, extent_id: str) -> None: ...
     def report_hang(self, reason: str) -> None: ...
     def prepare_store(self, offer: StoreOffer) -> StoreGrant: ...
     def complete_store(self, extent_id: str, image: Image) -> bool: ...
@@ -75,6 +78,7 @@ class WarehouseClient:
     """Decrypts files. Those that it has no key for are misses."""
     speeds: dict[Tier, TierSpeed] = field(default_factory=dict)
     _files_again_at: float = -math.inf
+    _renew_at: float = math.inf
 
     # -- reading ------------------------------------------------------------------------------------
 
@@ -94,6 +98,7 @@ class WarehouseClient:
 
         Stops early, without an error, at the first one that can't be had.
         """
+        self._renew_at = time.monotonic() + RENEW_INTERVAL_S
         pieces = self._worth_trying(grant.pieces)
         if backwards:
             pieces = pieces[::-1]
@@ -102,15 +107,19 @@ class WarehouseClient:
         try:
             for piece in pieces:
                 started = time.perf_counter()
+                self._renew(query.owner)
                 for chunk in ahead.chunks(piece):
                     yield from chunk.blocks
                     self._note_speed(piece.tier, chunk.num_bytes, time.perf_counter() - started)
                     started = time.perf_counter()
-        except (ExtentCorrupt, OSError) as error:
-            if isinstance(error, OSError) and error.errno in _OWN_LIMITS:
-                return  # a good file must not go for it
+        except (ExtentCorrupt, FileNotFoundError) as error:
             with suppress(StoreUnavailable):
                 self.port.report_bad(piece.extent_id, piece.tier, str(error))
+        except OSError as error:
+            if error.errno in _OWN_LIMITS:
+                return  # a good file must not be suspected for it
+            with suppress(StoreUnavailable):
+                self.port.report_unreadable(piece.extent_id)
         except ReadTimedOut as hang:
             self._files_again_at = time.monotonic() + self.read_timeout_s
             with suppress(StoreUnavailable):
@@ -119,6 +128,12 @@ class WarehouseClient:
             return
         finally:
             ahead.close()
+
+    def _renew(self, owner: str) -> None:
+        """A slow load keeps what it is still to read."""
+        if time.monotonic() >= self._renew_at:
+            self._renew_at = time.monotonic() + RENEW_INTERVAL_S
+            self.port.renew_lease(owner)
 
     def _is_file(self, piece: LoadPiece) -> bool:
         return piece.tier is Tier.DISK and self.is_local

@@ -57,6 +57,8 @@ class DiskWorker:
         """`changed` is the lock of all decisions; `expire` is called under it, about once a second."""
         self.degraded: str | None = None
         self.promotions: dict[str, None] = {}
+        self._suspects: dict[str, None] = {}
+        """Extents whose files a reader could not read: the file's fault, the disk's, or nobody's any more."""
         self._config = config
         self._ledger = ledger
         self._changed = changed
@@ -128,6 +130,12 @@ class DiskWorker:
             self.apply(drops, is_bad=True)
         logger.warning("quarantined extent %s in %s: %s", extent_id, tier.value, reason)
 
+    def suspect(self, extent_id: str) -> None:
+        """A reader could not read a file: look whether that or the disk is bad."""
+        with self._changed:
+            self._suspects[extent_id] = None
+            self._changed.notify_all()
+
     def suspend(self, reason: str) -> None:
         """Go on without the disk until it has answered again."""
         with self._changed:
@@ -151,8 +159,9 @@ class DiskWorker:
                 self.apply(drops)
                 removals = self._take_removals()
                 promotion = next(iter(self.promotions), None)
+                suspects = self._take_suspects()
                 must_commit = self._must_commit(is_idle=header is None)
-                if header is None and promotion is None and not (removals or must_commit or needs_probe):
+                if header is None and promotion is None and not (removals or suspects or must_commit or needs_probe):
                     if self._is_closing:
                         return
                     self._changed.notify_all()  # a flush may wait for writes that have been given up
@@ -164,6 +173,8 @@ class DiskWorker:
             # First of all: a full disk gets room by them, and an id must go before it may come again.
             for removal in removals:
                 self._remove_file(removal)
+            for extent_id in suspects:
+                self._reconsider(extent_id)
             if header is not None:
                 self._write(header)
             if must_commit or (header is not None and not self._config.commit_interval_s):
@@ -187,6 +198,26 @@ class DiskWorker:
         removals = list(self._removals)
         self._removals.clear()
         return removals
+
+    def _take_suspects(self) -> list[str]:
+        """Files to look at now; none while the disk is down, when they would all look bad."""
+        suspects = [] if self.degraded else list(self._suspects)
+        self._suspects.clear()
+        return suspects
+
+    def _reconsider(self, extent_id: str) -> None:
+        assert self._disk is not None
+        try:
+            verify_image(extent_id, self._disk.read(extent_id))
+        except (FileNotFoundError, ExtentCorrupt) as bad:
+            self.quarantine(extent_id, Tier.DISK, str(bad))
+        except OSError as error:
+            try:
+                self._disk.probe()
+            except OSError as failure:
+                self._failed(failure)
+            else:
+                self.quarantine(extent_id, Tier.DISK, str(error))
 
     def _remove_file(self, removal: "_Removal") -> None:
         assert self._disk is not None

@@ -155,6 +155,10 @@ class NodeStore:
         """A reader's disk did not answer: write nothing to it until it does."""
         self._worker.suspend(reason)
 
+    def report_unreadable(self, extent_id: str) -> None:
+        """A reader got an error from the disk: the file is tried again, and set aside if it alone fails."""
+        self._worker.suspect(extent_id)
+
     def report_bad(self, extent_id: str, tier: Tier, reason: str) -> None:
         """A reader found an image corrupt or missing: quarantine it, so that it is a miss from now on."""
         self._worker.quarantine(extent_id, tier, reason)

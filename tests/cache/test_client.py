@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import cache.client as client_module
 from cache.client import WarehouseClient
 from cache.errors import ExtentCorrupt, StoreUnavailable
 from cache.events import Tier
@@ -33,7 +34,7 @@ from tests.cache.chains import (
     sealed_image,
     store_config,
 )
-from tests.cache.stores import wait_until
+from tests.cache.stores import Clock, wait_until
 
 TOKENS = list(range(100, 112))
 
@@ -148,6 +149,22 @@ def test_blocks_say_what_they_cover(store: NodeStore) -> None:
     assert np.array_equal(blocks[0].payload, kv_of(ROOT, as_token_ids(TOKENS[:4])))
     assert client.speeds[Tier.DRAM].num_bytes == sum(len(b.payload) for b in blocks)
     assert client.speeds[Tier.DRAM].seconds > 0
+
+
+@pytest.mark.parametrize("renews", [True, False])
+def test_a_slow_load_keeps_what_it_is_still_to_read(monkeypatch: pytest.MonkeyPatch, renews: bool) -> None:
+    monkeypatch.setattr(client_module, "RENEW_INTERVAL_S", 0.0 if renews else 1000.0)
+    clock = Clock()
+    with NodeStore(store_config(budgets()), MemoryTier(), None, clock=clock) as store:
+        client = WarehouseClient(store)
+        client.store(offer(TOKENS), fill)
+        blocks = client.read(query(TOKENS), client.lookup(query(TOKENS)))
+        for _ in range(3):
+            next(blocks)
+            clock.now += 25.0
+        with store._changed:
+            store._expire()
+        assert ("reader" in store._ledger._leases) is renews
 
 
 # -- storing ----------------------------------------------------------------------------------------

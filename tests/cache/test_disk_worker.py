@@ -157,6 +157,39 @@ def test_free_space_below_the_limit_stops_growth_not_service(tmp_path: Path) -> 
         store.check_integrity()
 
 
+@pytest.mark.parametrize("is_disk_bad", [False, True])
+def test_a_file_that_cannot_be_read_is_set_aside_only_if_it_fails_alone(tmp_path: Path, is_disk_bad: bool) -> None:
+    folder, files = tmp_path / "w", FailingFiles()
+    with open_store(folder) as store:
+        store_chain(store, OTHER[:4])
+    with open_store(folder, store_config(retry_s=0.05), files) as store:
+        (path,) = extent_files(folder)
+        path.rename(tmp_path / "elsewhere")
+        path.symlink_to(path)  # reading it is an error, other than that it is not there
+        files.fails = "write" if is_disk_bad else None
+        assert read(store, OTHER[:4])[0] == 0
+        if not is_disk_bad:
+            wait_until(lambda: counter(store, "quarantined_extents") == 1)
+            assert store.stats().state == "ok"
+            return
+        wait_until(lambda: store.stats().state != "ok")
+        (tmp_path / "elsewhere").replace(path)
+        files.fails = None
+        wait_until(lambda: store.stats().state == "ok")
+        assert read(store, OTHER[:4]) == (4, {Tier.DISK})
+        assert counter(store, "quarantined_extents") == 0
+
+
+def test_a_file_that_was_unreadable_for_a_moment_stays(tmp_path: Path) -> None:
+    with open_store(tmp_path / "w") as store:
+        store_chain(store, OTHER[:4])
+        assert store.flush()
+        store.report_unreadable(header_of(OTHER[:4]).extent_id)
+        wait_until(lambda: not store._worker._suspects and store._worker._busy_since is None)
+        assert read(store, OTHER[:4])[0] == 4
+        assert counter(store, "quarantined_extents") == 0
+
+
 def test_a_deletion_that_fails_is_tried_again(tmp_path: Path) -> None:
     folder, files = tmp_path / "w", FailingFiles()
     with open_store(folder, store_config(budgets(disk=IMAGE_BYTES), retry_s=0.05), files) as store:
