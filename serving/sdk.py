@@ -126,6 +126,17 @@ class Tokenloft:
         """A conversation; without an id it gets one of its own."""
         return Session(self, session_id or uuid.uuid4().hex, list(messages or []))
 
+    def purge(self, session_id: str) -> dict[str, int]:
+        """Have the server delete what it has stored of a session of this client's API key.
+
+        The receipt counts extents, blocks, tokens, bytes and files, and what is left: see `PurgeReceipt`.
+        """
+        with _translated():
+            answer = self._http.post("/warehouse/purge", json={"session": session_id})
+            _check(answer)
+            receipt: dict[str, int] = answer.json()
+            return receipt
+
     def stream_chat(
         self, messages: list[Message], session_id: str | None = None, **options: Any
     ) -> Iterator[dict[str, Any]]:
@@ -187,6 +198,13 @@ class Session:
         answer = "".join(pieces)
         self.last = Answer(answer, finish_reason, usage["completion_tokens"], Reuse.from_usage(usage))
         self.messages = [*messages, {"role": "assistant", "content": answer}]
+
+    def forget(self) -> dict[str, int]:
+        """Have the server delete what it has stored of this conversation; the receipt says how much.
+
+        History that a fork shares stays for it. The messages stay here: another turn computes them again.
+        """
+        return self.client.purge(self.session_id)
 
     def fork(self, session_id: str | None = None) -> "Session":
         """A second conversation with the same history; both go on from the same blocks."""

@@ -57,6 +57,18 @@ def test_a_refused_turn_leaves_the_session_as_it_was(client: Tokenloft) -> None:
     assert session.messages == []
 
 
+def test_a_session_is_forgotten_on_request(client: Tokenloft) -> None:
+    session = client.session()
+    first = session.ask("Nobody may keep this sentence, nor any other one of this conversation.", max_tokens=10)
+    receipt = session.forget()
+    assert (receipt["num_tokens"] > first.completion_tokens, receipt["num_left"]) == (True, 0)
+    assert session.forget()["num_tokens"] == 0
+    assert session.ask("Again?", max_tokens=5).reuse.cached < first.reuse.prompt_tokens
+    with pytest.raises(TokenloftError) as caught:
+        client.purge("not an id")
+    assert (caught.value.status, caught.value.param) == (400, "session")
+
+
 def test_an_unreachable_server_is_one_clear_error() -> None:
     with Tokenloft(f"http://127.0.0.1:{free_port()}") as client, pytest.raises(TokenloftError, match="reached"):
         client.session().ask("Anybody?")
