@@ -111,7 +111,8 @@ def test_a_store_that_outgrows_its_file_system_goes_on_from_dram(small_disk: Pat
     """The budget promises more than there is: nobody makes room from outside."""
     folder, hog = small_disk / "w", small_disk / "hog"
     hog.write_bytes(bytes(300 << 10))
-    config = store_config(budgets(dram=100 * IMAGE_BYTES, disk=1 << 30), retry_s=0.02)
+    # Who stores waits for the disk, as long as that takes more.
+    config = store_config(budgets(dram=100 * IMAGE_BYTES, disk=1 << 30), retry_s=0.02, store_wait_s=30.0)
     with open_store(folder, config) as store:
         for number in range(1, 150):
             assert store_chain(store, chain(number))

@@ -213,6 +213,7 @@ class TestDigest:
 
     def test_weights_that_keep_changing_are_refused(self, model_folder: Path) -> None:
         weights, stop = model_folder / "model.safetensors", threading.Event()
+        os.truncate(weights, 64 << 20)  # reading it takes longer than the writer is kept from its turn
 
         def keep_writing() -> None:
             while not stop.is_set():
