@@ -57,7 +57,7 @@ class Oracle:
 
     def check(self, token_ids: Sequence[int] | np.ndarray[Any, Any], answer: Sequence[int], max_tokens: int) -> None:
         """Raise AssertionError unless `answer` equals the oracle's as rule 1 defines it."""
-        expected = self.generate(token_ids, max_tokens)
+        expected = self.remember([int(token_id) for token_id in token_ids], max_tokens)
         self.parity.num_turns += 1
         self.parity.num_tokens += len(expected)
         if list(answer) == expected:
