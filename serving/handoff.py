@@ -35,21 +35,20 @@ class PrefillPeer:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def request(self, request: GenerateRequest, num_present: int) -> PrefillRequest | None:
-        """What to ask for: all full blocks but for the last token, whose logits are wanted here.
+        """What to ask for: everything but the last token, whose logits are wanted here.
 
-        None if no block is missing behind the `num_present` tokens that are here.
+        None if no more than that is missing behind the `num_present` tokens that are here.
         """
         block_size = request.fingerprint.block_size
-        num_blocks = (len(request.token_ids) - 1) // block_size
-        first_block = num_present // block_size
-        if first_block >= num_blocks:
+        num_tokens = len(request.token_ids) - 1
+        if num_present >= num_tokens:
             return None
         return PrefillRequest(
             request.request_id,
-            request.token_ids[: num_blocks * block_size],
+            request.token_ids[:num_tokens],
             request.fingerprint,
-            request.block_hashes[:num_blocks],
-            first_block,
+            request.block_hashes[: num_tokens // block_size],
+            num_present // block_size,
             lease_owner=request.request_id,
             use_cache=request.use_cache,
             target=request.decision.prefill_replica,

@@ -2,7 +2,7 @@
 
 A thin shell around one engine. Each chunk's blocks are committed to the node store and announced in the
 response stream, so that decode loads them while the next chunk is computed. Nothing is sampled here: decode
-computes the few tokens behind the last full block, and with them the first token.
+computes the prompt's last token, and with it the answer's first.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 
 from cache.messages import PurgeQuery
 from serving.engine.sequence import EngineRequest, Listener
+from serving.engine.step_log import StepRecord
 from serving.protocol import PrefillProgress, PrefillRequest
 from serving.replica import EngineOptions, Replica
 
@@ -66,6 +67,10 @@ class PrefillReplica:
     def stats(self) -> dict[str, float]:
         """The engine's counters."""
         return self._replica.engine.stats()
+
+    def steps(self, since: float) -> tuple[StepRecord, ...]:
+        """The engine's steps that ended after `since`, by the monotonic clock of its machine."""
+        return self._replica.engine.steps.since(since)
 
     def __del__(self) -> None:
         # Serve's hook for a graceful stop; a replica that failed to start has nothing to close.

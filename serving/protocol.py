@@ -154,7 +154,7 @@ class TokenBatch:
 
 @dataclass(frozen=True, slots=True)
 class PrefillRequest:
-    """Ask a prefill replica for the KV of `token_ids`, a whole number of blocks."""
+    """Ask a prefill replica for the KV of `token_ids`."""
 
     request_id: str
     token_ids: TokenIds
@@ -171,7 +171,7 @@ class PrefillRequest:
 
 @dataclass(frozen=True, slots=True)
 class PrefillProgress:
-    """Streamed by a prefill replica: all blocks up to `num_tokens` can now be loaded from `node_id`'s store."""
+    """Streamed by a prefill replica: the first `num_tokens` tokens can now be loaded from `node_id`'s store."""
 
     num_tokens: int
     node_id: str

@@ -15,8 +15,10 @@ from cache.client import WarehouseClient
 from cache.encryption import open_vault
 from cache.fingerprint import Fingerprint
 from cache.hashing import as_token_ids, chain_hashes
+from serving.engine.cores import Cores, shared_cores
 from serving.engine.engine import Engine, EngineConfig, EngineStopped
-from serving.engine.runner import ModelRunner
+from serving.engine.linear import Weights
+from serving.engine.runner import ModelRunner, numerics_of
 from serving.engine.sequence import EngineRequest, Listener
 from serving.protocol import SamplingParams, TokenBatch
 
@@ -43,7 +45,13 @@ class EngineOptions:
     step_tokens: int
     max_running: int
     num_threads: int
+    takes_idle_cores: bool
+    """Whether the engine uses more threads while other engines of its node rest."""
     remote_threshold_tokens: int
+    weights: Weights = "float32"
+    """How the engine keeps the model's weights."""
+    chain_weights: Weights = "float32"
+    """How whoever computes prompts keeps them: KV of these numerics, and no other, is stored."""
     encryption_key_file: Path | None = None
     """Of the node's disk tier: each replica reads the key for itself."""
 
@@ -72,7 +80,9 @@ class Replica:
         self.replica_id: str = serve.get_replica_context().replica_id.unique_id
         self._vault = open_vault(options.encryption_key_file)
         device = resolve_device(options.device)
-        runner = ModelRunner(options.model_dir, resolve_dtype(options.dtype, device), device)
+        dtype = resolve_dtype(options.dtype, device)
+        runner = ModelRunner(options.model_dir, dtype, device, options.weights)
+        chain_numerics = numerics_of(dtype, options.chain_weights)
         layout = runner.layout(options.block_size)
         kv_dtype = None if options.kv_dtype == "auto" else options.kv_dtype
         config = EngineConfig(
@@ -85,18 +95,24 @@ class Replica:
             num_threads=options.num_threads,
             remote_threshold_tokens=options.remote_threshold_tokens,
             kv_dtype=kv_dtype,
+            is_off_chain=runner.numerics != chain_numerics,
         )
         tokenizer: Any = AutoTokenizer.from_pretrained(options.model_dir, local_files_only=True)
-        self.engine = Engine(runner, config, tokenizer, self._connect)
+        self.engine = Engine(runner, config, tokenizer, self._connect, self._cores(options, device))
         limit = self.engine.max_request_tokens
         self.info = ModelInfo(
             options.model_name,
-            runner.fingerprint(options.weights_digest, options.block_size, kv_dtype=kv_dtype),
+            runner.fingerprint(options.weights_digest, options.block_size, kv_dtype=kv_dtype, numerics=chain_numerics),
             min(limit, options.max_model_len or limit),
             layout.stored_shape(kv_dtype).bytes_per_token,
         )
         self.engine.start()
         warm_up(self.engine)
+
+    def _cores(self, options: EngineOptions, device: str) -> Cores:
+        if not options.takes_idle_cores or not device.startswith("cpu"):
+            return Cores(options.num_threads)
+        return shared_cores(options.num_threads, self.node_id, self.replica_id)
 
     def _connect(self, node_id: str | None) -> WarehouseClient:
         is_local = node_id in (None, self.node_id)

@@ -29,7 +29,7 @@ CHUNK_TOKENS = 256
 
 @dataclass(frozen=True, slots=True)
 class LogitsEffect:
-    """How the logits over loaded KV differ from those over the exact KV, `(positions, vocab_size)` each."""
+    """How logits, over loaded KV for example, differ from the exact ones, `(positions, vocab_size)` each."""
 
     max_abs_diff: float
     mean_abs_diff: float
@@ -70,7 +70,7 @@ def measure_storage_dtypes(
         progress("loading the model for the storage dtypes")
         bench = _Bench(ModelRunner(model_dir), num_tokens, num_continued)
         order = [bench.engine_dtype, *(dtype for dtype in dtypes if dtype != bench.engine_dtype)]
-        effects = bench.effects(order, _texts(model_dir, num_texts, num_tokens + num_continued), progress)
+        effects = bench.effects(order, manual_texts(model_dir, num_texts, num_tokens + num_continued), progress)
         progress("storing and loading in each dtype")
         set_num_threads(1)  # as in a loader
         speeds = bench.speeds(order, rounds)
@@ -113,8 +113,7 @@ class _Bench:
         loaded: dict[str, list[torch.Tensor]] = {dtype: [] for dtype in dtypes}
         for number, text in enumerate(texts, 1):
             progress(f"computing the KV of {self._num_tokens} tokens, text {number} of {len(texts)}")
-            for start in range(0, self._num_tokens, CHUNK_TOKENS):
-                self._forward(self._exact, text[: self._num_tokens], start, CHUNK_TOKENS)
+            compute_prompt(self._runner, self._exact, text[: self._num_tokens], self._table)
             exact.append(self._continue(self._exact, text))
             for dtype in dtypes:
                 loaded[dtype].append(self._continue(self._stored_and_loaded(dtype), text))
@@ -133,15 +132,7 @@ class _Bench:
 
     def _continue(self, pool: KVPool, text: TokenIds) -> torch.Tensor:
         """Logits after each token that follows the prompt, `(num_continued, vocab_size)`."""
-        return self._forward(pool, text, self._num_tokens, len(text) - self._num_tokens)
-
-    def _forward(self, pool: KVPool, text: TokenIds, start: int, num_tokens: int) -> torch.Tensor:
-        part = SequencePart(text[start : start + num_tokens], start, self._table)
-        batch = build_step_batch(pool, [part])
-        wanted = torch.arange(batch.num_tokens, device=pool.device)
-        if start < self._num_tokens:  # nobody looks at the logits of the prompt
-            wanted = wanted[-1:]
-        return self._runner.forward(replace(batch, logits_indices=wanted)).cpu()
+        return logits_after(self._runner, pool, text, self._num_tokens, self._table)
 
     def _import(self, pool: KVPool, payload: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
         start = 0
@@ -204,7 +195,23 @@ class _Bench:
         ]
 
 
-def _texts(model_dir: Path, num_texts: int, num_tokens: int) -> list[TokenIds]:
+def compute_prompt(runner: ModelRunner, pool: KVPool, prompt: TokenIds, table: Sequence[int]) -> None:
+    """Have `pool` hold the prompt's KV in the blocks of `table`."""
+    for start in range(0, len(prompt), CHUNK_TOKENS):
+        part = SequencePart(prompt[start : start + CHUNK_TOKENS], start, table, wants_logits=False)
+        runner.forward(build_step_batch(pool, [part]))
+
+
+def logits_after(
+    runner: ModelRunner, pool: KVPool, text: TokenIds, num_tokens: int, table: Sequence[int]
+) -> torch.Tensor:
+    """Logits after each token behind the first `num_tokens`, whose KV is there, `(len(text) - num_tokens, vocab)`."""
+    batch = build_step_batch(pool, [SequencePart(text[num_tokens:], num_tokens, table)])
+    wanted = torch.arange(batch.num_tokens, device=pool.device)
+    return runner.forward(replace(batch, logits_indices=wanted)).cpu()
+
+
+def manual_texts(model_dir: Path, num_texts: int, num_tokens: int) -> list[TokenIds]:
     """The first `num_tokens` tokens of the longest topics of Python's manual. ValueError if there are fewer."""
     tokenizer: Any = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
     texts: list[TokenIds] = []

@@ -134,9 +134,9 @@ def measure_disk_loads(folder: Path, prompt: Prompt, rounds: int) -> list[Figure
         cold: list[float] = []
         plain: list[float] = []
         for _ in range(rounds):
-            _drop_page_cache(paths)
-            plain.append(_seconds(lambda: _read_plainly(paths, buffer)))
-            _drop_page_cache(paths)
+            drop_page_cache(paths)
+            plain.append(_seconds(lambda: read_plainly(paths, buffer)))
+            drop_page_cache(paths)
             cold.append(_seconds(lambda: load(client, prompt, grant)))
         warm, memcpy = _beside_memcpy(lambda: load(client, prompt, grant), prompt.kv_bytes, rounds)
         client.release("bench")
@@ -191,7 +191,8 @@ def _beside_memcpy(run: Callable[[], None], num_bytes: int, rounds: int) -> tupl
     return statistics.median(ours), statistics.median(copies)
 
 
-def _drop_page_cache(paths: list[Path]) -> None:
+def drop_page_cache(paths: list[Path]) -> None:
+    """Have the next read of these files, which are on the disk already, come from there."""
     for path in paths:
         fd = os.open(path, os.O_RDONLY)
         try:
@@ -200,7 +201,8 @@ def _drop_page_cache(paths: list[Path]) -> None:
             os.close(fd)
 
 
-def _read_plainly(paths: list[Path], buffer: bytearray) -> None:
+def read_plainly(paths: list[Path], buffer: bytearray) -> None:
+    """As fast as the disk gives them; each goes over the last one."""
     view = memoryview(buffer)
     for path in paths:
         fd = os.open(path, os.O_RDONLY)

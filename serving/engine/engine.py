@@ -19,6 +19,7 @@ from typing import Literal, ParamSpec, TypeVar
 
 from cache.messages import PurgeQuery
 from serving.engine.block_pool import BlockPool, PoolMatch
+from serving.engine.cores import Cores
 from serving.engine.detokenizer import IncrementalDetokenizer, Tokenizer
 from serving.engine.grammar import BadGrammar, GrammarCompiler, Matcher
 from serving.engine.kv_pool import KVPool
@@ -26,11 +27,12 @@ from serving.engine.loader import ConnectStore, Loader
 from serving.engine.logits import LogitsRow, check_params, ends_answer
 from serving.engine.measure import REPORT_INTERVAL_S, Reporter, Speed
 from serving.engine.planner import LoadMode, Planner
-from serving.engine.runner import ModelRunner, set_num_threads
+from serving.engine.runner import ModelRunner
 from serving.engine.sampler import Sampled, sample
 from serving.engine.scheduler import ScheduledPart, Scheduler
 from serving.engine.sequence import EngineRequest, Listener, Sequence, Status
 from serving.engine.step_batch import SequencePart, build_step_batch
+from serving.engine.step_log import StepLog, StepRecord
 from serving.engine.transfers import Transfers
 from serving.protocol import TokenBatch
 
@@ -61,6 +63,11 @@ class EngineConfig:
     """Dtype of stored KV, one of `KVShape.DTYPES`; None for the engine's own, which keeps every bit."""
     load_plan: LoadMode = "auto"
     """What to do about stored KV: what is ready first, or always the one thing."""
+    is_off_chain: bool = False
+    """The runner's numerics are other than those of the chains that requests name: see `transfers`.
+
+    What is stored is then always loaded, however slowly: KV computed here could take its place for this answer alone.
+    """
 
 
 class RequestTooLong(ValueError):
@@ -80,10 +87,16 @@ class Engine:
         config: EngineConfig,
         tokenizer: Tokenizer | None = None,
         connect: ConnectStore | None = None,
+        cores: Cores | None = None,
     ) -> None:
-        """`tokenizer` is needed for sampling, `connect` for anything that goes beyond the pool."""
+        """`tokenizer` is needed for sampling, `connect` for anything that goes beyond the pool.
+
+        `cores` are `config.num_threads` of its own unless given.
+        """
         self.config = config
         self.counters: Counter[str] = Counter()
+        self.steps = StepLog()
+        self._cores = cores or Cores(config.num_threads)
         self._runner = runner
         self._tokenizer = tokenizer
         self._grammars = (
@@ -98,7 +111,8 @@ class Engine:
         self._speed = Speed(config.step_tokens)
         self._loader = Loader(connect, self._kv) if connect else None
         bytes_per_token = self._kv.stored_shape.bytes_per_token
-        self._planner = Planner(config.load_plan, bytes_per_token, config.block_size, self._speed, self._loader)
+        load_mode = "load" if config.is_off_chain and config.load_plan == "auto" else config.load_plan
+        self._planner = Planner(load_mode, bytes_per_token, config.block_size, self._speed, self._loader)
         self._transfers = Transfers(
             self._loader,
             self._planner,
@@ -139,6 +153,7 @@ class Engine:
         self._is_stopping = True
         self._post(lambda: None)
         self._thread.join()
+        self._cores.close()
         if self._grammars is not None:
             self._grammars.close()
         if self._loader is not None:
@@ -150,6 +165,8 @@ class Engine:
     def submit(self, request: EngineRequest, listener: Listener) -> None:
         """Queue a request. Raises RequestTooLong if it can never fit, EngineStopped if the step loop has ended."""
         check_request(request, self.config.block_size, self._runner.vocab_size)
+        if request.handoff_owner is not None and self.config.is_off_chain:
+            raise ValueError("this engine's KV has other numerics than its chains: it can't be handed off")
         max_new = request.sampling.max_tokens if request.sampling else 0
         num_tokens = len(request.token_ids) + max_new
         if num_tokens > self.max_request_tokens:
@@ -238,6 +255,7 @@ class Engine:
             "num_admitted": len(scheduler.admitted),
             "num_used_blocks": scheduler.pool.num_used,
             "num_blocks": self.config.num_blocks,
+            "num_threads": self._cores.num_threads,
             "prefill_tokens_per_s": self._speed.prefill_tokens_per_s,
             "decode_step_s": self._speed.decode_step_s,
         }
@@ -280,7 +298,6 @@ class Engine:
     # -- the step loop ------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        set_num_threads(self.config.num_threads)
         reason = "the engine is shutting down"
         try:
             while not self._is_stopping:
@@ -297,14 +314,17 @@ class Engine:
         if self._reporter is not None:
             self._reporter.report(is_idle=not parts)
         if parts:
+            self._cores.begin_step(is_decode=all(part.num_tokens == 1 for part in parts))
             self._step(parts)
         else:
+            self._cores.rest()
             self._wait()
 
     def _end(self, reason: str) -> None:
         """Tell everybody who waits, those still in the inbox too."""
         with self._wake:
             self._is_over = True
+        self._cores.rest()
         for act in (self._run_commands, lambda: self._fail_all(reason)):
             try:
                 act()
@@ -366,7 +386,7 @@ class Engine:
         self._kv.copy_rows(match.partial_block_id * block_size, target * block_size, match.partial_tokens)
 
     def _step(self, parts: list[ScheduledPart]) -> None:
-        started = time.perf_counter()
+        began_at = time.monotonic()
         try:
             computed = self._forward(parts)
         except Exception as error:  # whatever the model raises must not end the loop
@@ -374,7 +394,9 @@ class Engine:
             for part in parts:
                 self._fail(part.sequence, f"the model failed: {error}")
             return
-        self._speed.note(parts, time.perf_counter() - started)
+        step = StepRecord(began_at, time.monotonic(), len(parts), sum(part.num_tokens for part in parts))
+        self._speed.note(parts, step.seconds)
+        self.steps.note(step)
         self.counters["steps"] += 1
         for part, next_token in computed:
             self._advance(part, next_token)
@@ -400,6 +422,8 @@ class Engine:
     def _advance(self, part: ScheduledPart, sampled: Sampled | None) -> None:
         sequence = part.sequence
         num_prompt = max(0, min(part.num_tokens, sequence.num_prompt_tokens - sequence.num_computed))
+        if self.config.is_off_chain and sequence.off_chain_from is None:
+            sequence.off_chain_from = sequence.num_computed
         sequence.num_computed += part.num_tokens
         sequence.num_prompt_computed += sequence.account()
         self.counters["computed_tokens"] += part.num_tokens
@@ -477,8 +501,8 @@ def check_request(request: EngineRequest, block_size: int, vocab_size: int) -> N
         check_params(request.sampling, vocab_size)
     elif request.handoff_owner is None:
         raise ValueError(f"request {request.request_id} neither samples nor hands off")
-    elif len(request.token_ids) % block_size or len(request.token_ids) <= request.handoff_first_block * block_size:
-        raise ValueError(f"request {request.request_id} has no whole number of blocks to hand off")
+    elif len(request.token_ids) <= request.handoff_first_block * block_size:
+        raise ValueError(f"request {request.request_id} has nothing to hand off")
 
 
 def _wants_token(part: ScheduledPart) -> bool:

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from serving.engine.attention import attend_step
 from serving.engine.families import FUSED_MODULES
-from serving.engine.linear import PACKED_MIN_ROWS, Linear, PackedLinear, make_linear
+from serving.engine.linear import PACKED_MIN_ROWS, Linear, PackedLinear, Weights, make_linear
 from serving.engine.step_batch import StepBatch
 
 _ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -114,8 +114,8 @@ def _layers(decoder: Any) -> nn.ModuleList:
 class FusedDecoder:
     """Takes a decoder's layers over; the decoder cannot run by itself afterwards."""
 
-    def __init__(self, decoder: Any, config: Any) -> None:
-        """Needs `can_fuse`."""
+    def __init__(self, decoder: Any, config: Any, weights: Weights = "float32") -> None:
+        """Needs `can_fuse`. The products' weights are kept as `weights`."""
         attention = decoder.layers[0].self_attn
         self._head_dim: int = attention.head_dim
         self._num_heads: int = config.num_attention_heads
@@ -126,6 +126,8 @@ class FusedDecoder:
             # What was loaded may be views of one mapped file, which would stay in memory for the sake of these.
             kept.data = kept.data.clone()
         self._norm = _norm(decoder.norm)
+        self._dtype: torch.dtype = decoder.norm.weight.dtype
+        self._weights: Weights = weights
         with torch.inference_mode():
             self._layers = [self._take_layer(decoder.layers, at) for at in range(len(decoder.layers))]
         self._min_rows = PACKED_MIN_ROWS if isinstance(self._layers[0].qkv, PackedLinear) else 1
@@ -135,14 +137,20 @@ class FusedDecoder:
         attention, mlp = stock.self_attn, stock.mlp
         return _Layer(
             before_attention=_norm(stock.input_layernorm),
-            qkv=_join(attention.q_proj, attention.k_proj, attention.v_proj),
+            qkv=self._join(attention.q_proj, attention.k_proj, attention.v_proj),
             head_norm=self._head_norm(attention) if hasattr(attention, "q_norm") else None,
-            out=_join(attention.o_proj),
+            out=self._join(attention.o_proj),
             before_mlp=_norm(stock.post_attention_layernorm),
-            gate_up=_join(mlp.gate_proj, mlp.up_proj),
-            down=_join(mlp.down_proj),
+            gate_up=self._join(mlp.gate_proj, mlp.up_proj),
+            down=self._join(mlp.down_proj),
             scale=attention.scaling,
         )
+
+    def _join(self, *stock: nn.Linear) -> Linear:
+        """One product in the place of several of the same input."""
+        weight = torch.cat([linear.weight for linear in stock]) if len(stock) > 1 else stock[0].weight.detach()
+        biases = [bias for linear in stock if (bias := _bias(linear)) is not None]
+        return make_linear(weight, torch.cat(biases) if biases else None, self._weights)
 
     def _head_norm(self, attention: Any) -> _HeadNorm:
         weights = (
@@ -151,10 +159,17 @@ class FusedDecoder:
         )
         return _HeadNorm(torch.cat(weights), attention.q_norm.variance_epsilon)
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the weights of the layers' products take."""
+        return sum(
+            linear.num_bytes for layer in self._layers for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)
+        )
+
     def forward(self, batch: StepBatch) -> torch.Tensor:
         """Compute the batch's tokens into its pool; the last hidden states, normed, `(T, hidden_size)`."""
         num_padding = max(0, self._min_rows - batch.num_tokens)
-        hidden: torch.Tensor = self._embed(_padded(batch.input_ids, num_padding))
+        hidden: torch.Tensor = self._embed(_padded(batch.input_ids, num_padding)).to(self._dtype)
         cos, sin = self._angles(hidden, _padded(batch.position_ids, num_padding))
         attended = hidden.new_zeros(hidden.shape[0], self._num_heads, self._head_dim)
         for layer_idx, layer in enumerate(self._layers):
@@ -217,10 +232,3 @@ def _padded(ids: torch.Tensor, num_padding: int) -> torch.Tensor:
 
 def _norm(stock: Any) -> RMSNorm:
     return RMSNorm(stock.weight.detach().clone(), stock.variance_epsilon)
-
-
-def _join(*stock: nn.Linear) -> Linear:
-    """One product in the place of several of the same input."""
-    weight = torch.cat([linear.weight for linear in stock]) if len(stock) > 1 else stock[0].weight.detach()
-    biases = [bias for linear in stock if (bias := _bias(linear)) is not None]
-    return make_linear(weight, torch.cat(biases) if biases else None)

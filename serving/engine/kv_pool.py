@@ -10,6 +10,7 @@ Threads: calls that touch disjoint blocks may run at the same time, also beside 
 copies release the interpreter lock and use one thread, so that a load does not slow a step down.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cache.extent import KVShape
+from cache.extent import KVShape, aligned_empty
 from serving.engine.kv_codec import make_codec
 
 Bytes = npt.NDArray[np.uint8]
@@ -79,9 +80,7 @@ class KVPool:
         self.num_blocks = num_blocks
         num_slots = num_blocks * layout.block_size
         shape = (layout.num_layers, 2, num_slots, layout.num_kv_heads, layout.head_dim)
-        # Left empty on purpose: memory is taken from the machine when a block is first written, and a slot
-        # that was never written is never read.
-        self.kv = torch.empty(shape, dtype=layout.torch_dtype, device=device)
+        self.kv = _empty(shape, layout.torch_dtype, torch.device(device))
         # numpy knows no bfloat16 and copies without OpenMP threads: bytes serve both ends.
         self._rows = self.kv.view(torch.uint8).view(layout.num_layers, 2, num_slots * layout.row_bytes)
         self._host_rows: Bytes | None = self._rows.numpy() if self.kv.device.type == "cpu" else None
@@ -175,3 +174,14 @@ class KVPool:
             raise ValueError(
                 f"expected {expected} contiguous bytes as uint8, got shape {payload.shape} of {payload.dtype}"
             )
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Left empty on purpose: memory is taken from the machine when a block is first written.
+
+    A slot that was never written is never read. On a CPU the memory is numpy's, which asks for huge pages: each piece
+    of a block that is written first would otherwise cost more in page faults than in copying.
+    """
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.from_numpy(aligned_empty(math.prod(shape) * dtype.itemsize)).view(dtype).view(shape)

@@ -3,10 +3,13 @@
 On an x86 CPU in float32 the weights are reordered once into oneDNN's blocked layout: a plain row-major matrix of
 a few hundred columns is read at half the memory's bandwidth for one row, and repacked at every call for a few.
 Everywhere else they stay as they are. A packed matrix is a copy, so the caller drops the original.
+
+Smaller weights are read faster, which is what a step of few rows takes its time for. Residuals, biases and results stay
+float32 beside them; what is multiplied is rounded to bf16, and so is the product.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch.nn import functional
@@ -16,6 +19,15 @@ PACKED_MIN_ROWS = 4
 
 _PACKED_FOR_ROWS = 64
 """Rows that the layout is chosen for; it serves all others as well."""
+
+Weights = Literal["float32", "bf16", "int4"]
+"""How weights are kept. float32: as they were loaded, which is another dtype where the model has another."""
+
+INT4_GROUP = 32
+"""Neighbouring weights of a row that share a scale and a zero."""
+INT4_LEVELS = 16
+_INT4_ROWS = 16
+"""Rows that the packed layout takes together."""
 
 _VIEWED_HEAD_ROWS = 16
 """Up to here, weights @ rows is faster than rows @ weights for a matrix much taller than wide."""
@@ -28,6 +40,11 @@ class Linear(Protocol):
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The product plus `residual`, `(n, out)`."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the weights take."""
         ...
 
 
@@ -44,6 +61,10 @@ class PlainLinear:
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         total = torch.addmm(residual, x, self.weight.t())
         return total if self.bias is None else total.add_(self.bias)
+
+    @property
+    def num_bytes(self) -> int:
+        return _num_bytes(self.weight, self.bias)
 
 
 class PackedLinear:
@@ -63,6 +84,91 @@ class PackedLinear:
         total: torch.Tensor = self._multiply.binary(x, residual, self._weight, self._bias, "add")
         return total
 
+    @property
+    def num_bytes(self) -> int:
+        return _num_bytes(self._weight, self._bias)
+
+
+class Bf16Linear:
+    """Weights of half the size, in oneDNN's layout where the machine multiplies bf16, else as they are."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        self._weight = weight.bfloat16()
+        self._bias = bias
+        self._is_packed: bool = can_pack(weight) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if self._is_packed:
+            self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight.contiguous(), _PACKED_FOR_ROWS)
+
+    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.bfloat16()
+        if not self._is_packed:
+            return functional.linear(rows, self._weight)
+        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, self._weight, None, "none", [], "")
+        return product
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        product = self._multiply(x).float()
+        return product if self._bias is None else product.add_(self._bias)
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        total = residual + self._multiply(x)
+        return total if self._bias is None else total.add_(self._bias)
+
+    @property
+    def num_bytes(self) -> int:
+        return _num_bytes(self._weight, self._bias)
+
+
+class Int4Linear:
+    """Weights of four bits, `(level - 8) * scale + zero` with a bf16 scale and zero for each `INT4_GROUP` of a row.
+
+    A level is the nearest to the weight, and the levels of a group reach from its least weight to its greatest.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        """Needs `weight.shape[1]` to be a multiple of `INT4_GROUP`, on a CPU."""
+        self._size_out = weight.shape[0]
+        padded = functional.pad(weight.float(), (0, 0, 0, -self._size_out % _INT4_ROWS))
+        levels, scales, zeros = quantise(padded.view(len(padded), -1, INT4_GROUP))
+        pack: Any = torch._convert_weight_to_int4pack_for_cpu
+        self._packed: torch.Tensor = pack(levels.flatten(1), 2)
+        self._scales_and_zeros = torch.stack((scales, zeros), -1).transpose(0, 1).contiguous()
+        self._bias = bias
+
+    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.to(torch.bfloat16, memory_format=torch.contiguous_format)
+        multiply: Any = torch._weight_int4pack_mm_for_cpu
+        product: torch.Tensor = multiply(rows, self._packed, INT4_GROUP, self._scales_and_zeros)
+        return product[:, : self._size_out]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        product = self._multiply(x).float()
+        return product if self._bias is None else product.add_(self._bias)
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        total = residual + self._multiply(x)
+        return total if self._bias is None else total.add_(self._bias)
+
+    @property
+    def num_bytes(self) -> int:
+        return _num_bytes(self._packed, self._scales_and_zeros, self._bias)
+
+
+def quantise(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Levels like `groups` `(rows, groups, INT4_GROUP)` in int32, scales and zeros `(rows, groups)` in bf16."""
+    low, high = groups.amin(-1), groups.amax(-1)
+    scales = ((high - low) / (INT4_LEVELS - 1)).bfloat16()
+    # From the scales as they are rounded, so that both ends are off by the same.
+    half = INT4_LEVELS // 2
+    zeros = ((low + high) / 2 + scales.float() / 2).bfloat16()
+    scales[scales == 0] = 1  # all weights of the group are alike: the zero is what they are
+    levels = ((groups - zeros.float().unsqueeze(-1)) / scales.float().unsqueeze(-1)).round_().add_(half)
+    return levels.clamp_(0, INT4_LEVELS - 1).int(), scales, zeros
+
+
+def _num_bytes(*tensors: torch.Tensor | None) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
 
 class TiedHead:
     """An output head that shares the embedding's rows, which have to stay as they are."""
@@ -78,6 +184,10 @@ class TiedHead:
         rows = x if num_rows > 1 else torch.cat((x, x))
         return torch.mm(self._weight, rows.t())[:, :num_rows].t()
 
+    @property
+    def num_bytes(self) -> int:
+        return 0  # they are the embedding's
+
 
 def can_pack(weight: torch.Tensor) -> bool:
     """Whether `PackedLinear` takes these weights."""
@@ -90,6 +200,10 @@ def can_pack(weight: torch.Tensor) -> bool:
     )
 
 
-def make_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
-    """The fastest product with these weights."""
+def make_linear(weight: torch.Tensor, bias: torch.Tensor | None = None, weights: Weights = "float32") -> Linear:
+    """The fastest product with these weights, kept as `weights`."""
+    if weights == "bf16":
+        return Bf16Linear(weight, bias)
+    if weights == "int4":
+        return Int4Linear(weight, bias)
     return PackedLinear(weight, bias) if can_pack(weight) else PlainLinear(weight, bias)

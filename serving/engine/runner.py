@@ -7,10 +7,10 @@ state between steps, so any thread may own it, but only one at a time.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
@@ -21,7 +21,7 @@ from serving.engine import attention
 from serving.engine.families import UnsupportedModelError, check_model_type
 from serving.engine.fused import FusedDecoder, can_fuse
 from serving.engine.kv_pool import KV_DTYPES, KVLayout
-from serving.engine.linear import TiedHead, make_linear
+from serving.engine.linear import INT4_GROUP, Linear, TiedHead, Weights, make_linear
 from serving.engine.step_batch import StepBatch
 
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -48,12 +48,23 @@ CONFIG_KEYS_WITHOUT_EFFECT = frozenset(
 class ModelRunner:
     """A decoder-only model on one device, in evaluation mode."""
 
-    def __init__(self, model_dir: Path, dtype: str = "float32", device: torch.device | str = "cpu") -> None:
-        """Load the folder. Raises UnsupportedModelError before any weight is read, OSError for a broken folder."""
+    def __init__(
+        self,
+        model_dir: Path,
+        dtype: str = "float32",
+        device: torch.device | str = "cpu",
+        weights: Weights = "float32",
+    ) -> None:
+        """Load the folder; the weights of the products are then kept as `weights`, KV is in `dtype` all the same.
+
+        Raises UnsupportedModelError, before any weight is read but for modules that are not as their family's are.
+        OSError for a broken folder.
+        """
         if dtype not in KV_DTYPES:
             raise UnsupportedModelError(f"dtype {dtype!r} is not supported, choose one of {', '.join(KV_DTYPES)}")
         config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
         check_supported(config)
+        check_weights(weights, dtype, torch.device(device), config)
         attention.register()
         with quiet_loading():
             model: Any = AutoModelForCausalLM.from_pretrained(
@@ -64,20 +75,35 @@ class ModelRunner:
             )
         self.model_dir = model_dir
         self.dtype = dtype
+        self.numerics = numerics_of(dtype, weights)
+        """How KV is computed, for fingerprints."""
         self.device = torch.device(device)
         model.to(self.device).eval()
         # The model's own config: what it was built with, after transformers filled in its defaults.
         self._config: Any = model.config
         self._decoder = model.get_decoder()
         self._head_dim: int = self._decoder.layers[0].self_attn.head_dim
-        self._fused = FusedDecoder(self._decoder, self._config) if can_fuse(self._decoder, self._config) else None
-        self._lm_head = _take_head(model)
+        smaller: Weights = "float32" if self.numerics == dtype else weights
+        self._fused = self._fuse(smaller)
+        # Four bits are too few for the head: alone it changes five times as many greedy tokens as all else in bf16.
+        self._lm_head = _take_head(model, "bf16" if smaller == "int4" else smaller)
+        if smaller != "float32":
+            self._decoder.embed_tokens.bfloat16()
+        self._num_embedding_bytes = _num_embedding_bytes(self._decoder)
         self.eos_token_ids: frozenset[int] = _token_ids(model.generation_config.eos_token_id) | _token_ids(
             self._config.eos_token_id
         )
 
     def __repr__(self) -> str:
-        return f"<ModelRunner {self._config.model_type} {self.dtype} on {self.device}>"
+        return f"<ModelRunner {self._config.model_type} {self.numerics} on {self.device}>"
+
+    def _fuse(self, weights: Weights) -> FusedDecoder | None:
+        if can_fuse(self._decoder, self._config):
+            return FusedDecoder(self._decoder, self._config, weights)
+        if weights != "float32":
+            kind = f"{self._config.model_type} with {self._config.hidden_act}"
+            raise UnsupportedModelError(f"this {kind} runs on stock modules, whose weights can't be {weights}")
+        return None
 
     @property
     def max_model_len(self) -> int:
@@ -87,6 +113,12 @@ class ModelRunner:
     @property
     def vocab_size(self) -> int:
         return int(self._config.vocab_size)
+
+    @property
+    def num_weight_bytes(self) -> int:
+        """Memory that embedding, layers and output head take; the few norms are left out. Needs a fused family."""
+        assert self._fused is not None
+        return self._num_embedding_bytes + self._fused.num_bytes + self._lm_head.num_bytes
 
     def layout(self, block_size: int) -> KVLayout:
         """Layout of the KV that the model makes."""
@@ -103,17 +135,22 @@ class ModelRunner:
         return config_digest(self._config)
 
     def fingerprint(
-        self, weights: str, block_size: int, tenant_salt: str = "", kv_dtype: str | None = None
+        self,
+        weights: str,
+        block_size: int,
+        tenant_salt: str = "",
+        kv_dtype: str | None = None,
+        numerics: str | None = None,
     ) -> Fingerprint:
         """Fingerprint of the KV that this runner makes, stored as `kv_dtype`, None being the runner's own dtype.
 
-        `weights` is the digest of the weights' content.
+        `weights` is the digest of the weights' content. With other `numerics`: of KV that it can read but not make.
         """
         return Fingerprint(
             weights=weights,
             config=self.config_digest(),
             kv_dtype=kv_dtype or self.dtype,
-            numerics=self.dtype,
+            numerics=numerics or self.numerics,
             block_size=block_size,
             tenant_salt=tenant_salt,
         )
@@ -166,6 +203,41 @@ def check_supported(config: PreTrainedConfig) -> None:
         )
 
 
+def check_weights(weights: str, dtype: str, device: torch.device, config: PreTrainedConfig) -> None:
+    """Raise UnsupportedModelError, with the reason, if this model's weights can't be kept as `weights`."""
+    if weights not in get_args(Weights):
+        choices = ", ".join(get_args(Weights))
+        raise UnsupportedModelError(f"weights {weights!r} are not supported, choose one of {choices}")
+    if numerics_of(dtype, weights) == dtype:
+        return
+    if device.type != "cpu" or dtype != "float32":
+        hint = "model.dtype: bfloat16 keeps them in bf16 there" if device.type != "cpu" else "use model.dtype: float32"
+        raise UnsupportedModelError(f"{weights} weights need a CPU and float32, not {dtype} on {device}; {hint}")
+    if weights == "int4":
+        _check_int4(config)
+
+
+def _check_int4(config: Any) -> None:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    sizes = {
+        "hidden size": config.hidden_size,
+        "intermediate size": config.intermediate_size,
+        "heads": config.num_attention_heads * head_dim,
+    }
+    for name, size in sizes.items():
+        if size % INT4_GROUP:
+            raise UnsupportedModelError(
+                f"int4 weights are in groups of {INT4_GROUP}, and this model's {name} ({size}) are no multiple of that"
+            )
+
+
+def numerics_of(dtype: str, weights: str) -> str:
+    """How KV is computed in `dtype` with weights kept as `weights`; `dtype` itself if they are as they were loaded."""
+    if weights == "float32" or (weights == "bf16" and dtype == "bfloat16"):
+        return dtype
+    return f"{dtype}, weights {weights}" + (f" in groups of {INT4_GROUP}" if weights == "int4" else "")
+
+
 def config_digest(config: PreTrainedConfig) -> str:
     """128-bit hexadecimal digest of the config as canonical JSON, without the fields that have no effect on KV."""
     kept = {name: value for name, value in config.to_dict().items() if name not in CONFIG_KEYS_WITHOUT_EFFECT}
@@ -186,15 +258,20 @@ def quiet_loading() -> Iterator[None]:
         transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def _take_head(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The product with the output head, whose weights stay what the embedding looks up if they are tied."""
+def _take_head(model: Any, weights: Weights) -> TiedHead | Linear:
+    """The product with the output head. Float32 weights stay what the embedding looks up if they are tied."""
     head = model.get_output_embeddings()
-    if head.weight is model.get_input_embeddings().weight and head.bias is None:
+    if weights == "float32" and head.weight is model.get_input_embeddings().weight and head.bias is None:
         return TiedHead(head.weight.detach())
     with torch.inference_mode():
-        taken = make_linear(head.weight.detach(), head.bias)
+        taken = make_linear(head.weight.detach(), head.bias, weights)
     model.set_output_embeddings(None)
     return taken
+
+
+def _num_embedding_bytes(decoder: Any) -> int:
+    table: torch.Tensor = decoder.embed_tokens.weight
+    return table.numel() * table.element_size()
 
 
 def _token_ids(value: int | list[int] | None) -> frozenset[int]:

@@ -67,7 +67,10 @@ class EngineRequest:
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """Where results go. Called from the step loop: must not block. One that raises has its request cancelled."""
+    """Where results go. Must not block. One that raises has its request cancelled.
+
+    Called from the step loop, `on_progress` also from the one thread that stores.
+    """
 
     on_batch: Callable[[TokenBatch], None] = lambda batch: None
     on_progress: Callable[[int, int, bool], None] = lambda num_tokens, num_computed, is_done: None
@@ -91,6 +94,8 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[BlockHash] = field(default_factory=list)
     num_computed: int = 0
+    off_chain_from: int | None = None
+    """Position of the first token whose KV has other numerics than its chain; None if none has."""
     num_registered_blocks: int = 0
     """Leading blocks that the pool's index knows."""
     is_handoff_open: bool = False
@@ -202,9 +207,14 @@ class Sequence:
         return not self.is_load_in_flight and not self.num_stores_in_flight
 
     @property
+    def num_chain_tokens(self) -> int:
+        """Leading tokens whose KV is what their hashes stand for: others may find them, and they may be stored."""
+        return self.num_computed if self.off_chain_from is None else min(self.off_chain_from, self.num_computed)
+
+    @property
     def computed_hashes(self) -> tuple[BlockHash, ...]:
-        """Hashes of the full blocks whose KV is whole."""
-        return tuple(self.block_hashes[: self.num_computed // self.block_size])
+        """Hashes of the full blocks whose KV is whole and of the chain."""
+        return tuple(self.block_hashes[: self.num_chain_tokens // self.block_size])
 
     def parent_hash(self, index: int) -> BlockHash:
         """Hash that block `index` is chained to."""

@@ -9,6 +9,8 @@
 A decode replica computes from the front itself beside a load, and asks a prefill replica for the rest when the two
 have met: what is stored would have to come through the same tier for the other, too. Only what a load has left
 behind because it failed may go to a prefill replica, if it is long.
+An engine of other numerics than its chains (see `EngineConfig.is_off_chain`) reads what others have computed; what it
+computes itself stays with its sequence and is neither registered nor stored, so no chain ever mixes numerics.
 A sequence's blocks are given back only when no loader thread reads or writes them any more.
 """
 
@@ -63,6 +65,7 @@ class Transfers:
 
     def begin(self, sequence: Sequence) -> None:
         """The sequence has its blocks and what the pool had of it: look for more in the warehouse."""
+        sequence.off_chain_from = None  # a preempted one has lost what it had computed
         self._count_cached(sequence, Tier.DEVICE, sequence.account())
         num_tokens = len(sequence.reusable_tokens)
         may_load = self._loader is not None and sequence.request.use_cache and not self._planner.never_loads
@@ -255,14 +258,17 @@ class Transfers:
     # -- handoff, prefill's side --------------------------------------------------------------------
 
     def hand_off(self, sequence: Sequence) -> None:
-        """Prefill: offer the blocks that have become full since the last time."""
+        """Prefill: offer the blocks that have become full since the last time, at the end the tail with them."""
         request = sequence.request
         if request.handoff_owner is None or self._loader is None:
             return
-        num_tokens = sequence.num_computed // self._block_size * self._block_size
-        first_block = max(sequence.offered_tokens // self._block_size, request.handoff_first_block)
-        if num_tokens <= first_block * self._block_size:
+        num_tokens = sequence.num_computed
+        is_whole = num_tokens == sequence.num_prompt_tokens
+        if not is_whole:
+            num_tokens -= num_tokens % self._block_size
+        if num_tokens <= max(sequence.offered_tokens, request.handoff_first_block * self._block_size):
             return
+        first_block = max(sequence.offered_tokens // self._block_size, request.handoff_first_block)
         sequence.offered_tokens = num_tokens
         offer = StoreOffer(
             request.root_hash,
@@ -271,22 +277,27 @@ class Transfers:
             self._block_size,
             self._shape,
             first_block,
-            with_tail=False,
+            with_tail=is_whole,
             handoff_owner=request.handoff_owner,
             is_transient=not sequence.is_kept,
             origin=request.origin,
         )
         num_computed = sequence.num_prompt_computed
-        self._store(sequence, offer, lambda ok: self._on_handed_off(sequence, num_tokens, num_computed, ok))
 
-    def _on_handed_off(self, sequence: Sequence, num_tokens: int, num_computed: int, is_stored: bool) -> None:
-        if sequence.status is Status.FINISHED:
-            return
-        # A refusal ends the work: what can't be handed off is computed by the asker itself.
-        is_done = not is_stored or num_tokens == sequence.num_prompt_tokens
-        sequence.listener.on_progress(num_tokens if is_stored else 0, num_computed, is_done)
-        if is_done:
-            self._on_finished(sequence)
+        def is_last(is_stored: bool) -> bool:
+            # A refusal ends the work: what can't be handed off is computed by the asker itself.
+            return not is_stored or is_whole
+
+        def announce(is_stored: bool) -> None:
+            if sequence.status is not Status.FINISHED:
+                sequence.listener.on_progress(num_tokens if is_stored else 0, num_computed, is_last(is_stored))
+
+        def finish(is_stored: bool) -> None:
+            if sequence.status is not Status.FINISHED and is_last(is_stored):
+                self._on_finished(sequence)
+
+        # Announced from the loader's thread: the step loop has begun the next chunk, which takes a while.
+        self._store(sequence, offer, finish, announce)
 
     # -- committing ---------------------------------------------------------------------------------
 
@@ -294,7 +305,7 @@ class Transfers:
         """Let other sequences find the blocks that have become full."""
         if not sequence.uses_pool or sequence.is_purged:
             return
-        for index in range(sequence.num_registered_blocks, sequence.num_computed // self._block_size):
+        for index in range(sequence.num_registered_blocks, sequence.num_chain_tokens // self._block_size):
             self._pool.register(
                 sequence.block_table[index],
                 sequence.block_hashes[index],
@@ -307,14 +318,14 @@ class Transfers:
     def commit(self, sequence: Sequence) -> None:
         """The sequence has left the scheduler: keep its blocks. `release_if_idle` gives them back."""
         request = sequence.request
-        if sequence.is_kept and request.handoff_owner is None and sequence.num_computed:
+        if sequence.is_kept and request.handoff_owner is None and sequence.num_chain_tokens:
             self._register_tail(sequence)
             if self._loader is not None:
                 self._store(sequence, self._whole_offer(sequence), self._on_committed)
 
     def _whole_offer(self, sequence: Sequence) -> StoreOffer:
-        """Everything of the sequence that has KV, the partial block at the end too."""
-        token_ids = sequence.token_ids[: sequence.num_computed].copy()
+        """Everything of the sequence that has its chain's KV, the partial block at the end too."""
+        token_ids = sequence.token_ids[: sequence.num_chain_tokens].copy()
         request, hashes = sequence.request, sequence.computed_hashes
         return StoreOffer(
             request.root_hash,
@@ -331,7 +342,7 @@ class Transfers:
 
         False if it has nothing that may be stored; then it goes back to waiting at once.
         """
-        if self._loader is None or not sequence.is_kept or not sequence.num_computed:
+        if self._loader is None or not sequence.is_kept or not sequence.num_chain_tokens:
             return False
 
         def on_stored(is_stored: bool) -> None:
@@ -347,14 +358,21 @@ class Transfers:
         self._counters["committed_turns" if is_stored else "dropped_turns"] += 1
 
     def _register_tail(self, sequence: Sequence) -> None:
-        index = sequence.num_computed // self._block_size
-        token_ids = sequence.token_ids[index * self._block_size : sequence.num_computed]
+        index = sequence.num_chain_tokens // self._block_size
+        token_ids = sequence.token_ids[index * self._block_size : sequence.num_chain_tokens]
         if len(token_ids):
             parent_hash = sequence.parent_hash(index)
             tail_hash = block_hash(parent_hash, token_ids)
             self._pool.register(sequence.block_table[index], tail_hash, parent_hash, token_ids, sequence.owner)
 
-    def _store(self, sequence: Sequence, offer: StoreOffer, on_stored: Callable[[bool], None]) -> None:
+    def _store(
+        self,
+        sequence: Sequence,
+        offer: StoreOffer,
+        on_stored: Callable[[bool], None],
+        at_once: Callable[[bool], None] = lambda is_stored: None,
+    ) -> None:
+        """`at_once` is called by a thread of the loader, `on_stored` then by the step loop between two steps."""
         assert self._loader is not None
         sequence.num_stores_in_flight += 1
 
@@ -363,8 +381,11 @@ class Transfers:
             on_stored(is_stored)
             self.release_if_idle(sequence)
 
-        table = tuple(sequence.block_table)
-        self._loader.store(StoreJob(offer, table, lambda is_stored: self._post(lambda: finish(is_stored))))
+        def on_done(is_stored: bool) -> None:
+            at_once(is_stored)
+            self._post(lambda: finish(is_stored))
+
+        self._loader.store(StoreJob(offer, tuple(sequence.block_table), on_done))
 
     def release_if_idle(self, sequence: Sequence) -> None:
         """Give a finished sequence's blocks back, unless a job still uses them: then it does so at its end."""

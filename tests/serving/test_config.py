@@ -128,6 +128,8 @@ class TestRefusals:
                 "cache.kv_dtype: should be 'auto', 'float32', 'bfloat16', 'float16', 'float8_e4m3fn' or 'int8', "
                 "not 'int4'",
             ),
+            ("decode: {weights: int8}", "decode.weights: should be 'float32', 'bf16' or 'int4', not 'int8'"),
+            ("prefill: {weights: int4}", "prefill.weights: unknown key; did you mean decode.weights?"),
             ("http: {prt: 1}\nmodel: {dtype: 3}", "(and 1 more)"),
         ],
     )

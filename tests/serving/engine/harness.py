@@ -2,7 +2,7 @@
 
 import queue
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from cache.occupancy import Budgets
 from cache.tiers.disk import FileTier
 from cache.tiers.memory import MemoryTier
 from serving.engine.engine import Engine, EngineConfig
+from serving.engine.linear import Weights
 from serving.engine.runner import ModelRunner
 from serving.engine.sequence import EngineRequest, Listener, Sequence
 from serving.protocol import SamplingParams, TokenBatch, Usage
@@ -121,6 +122,7 @@ class Handoff:
     decode: EngineUnderTest
     announced: list[tuple[int, bool]] = field(default_factory=list)
     """Tokens and last word of each announcement so far."""
+    on_announced: Callable[[], None] = lambda: None
 
     def submit(
         self,
@@ -151,19 +153,20 @@ class Handoff:
 
     def _ask(self, sequence: Sequence, *, use_cache: bool) -> None:
         request_id, block_size = sequence.request_id, sequence.block_size
-        num_blocks = (sequence.num_prompt_tokens - 1) // block_size
+        num_tokens = sequence.num_prompt_tokens - 1
 
         def on_progress(num_tokens: int, num_computed: int, is_done: bool) -> None:
             self.announced.append((num_tokens, is_done))
+            self.on_announced()
             self.decode.engine.handoff_progress(request_id, num_tokens, None)
             if is_done:
                 self.decode.engine.handoff_closed(request_id)
 
         request = EngineRequest(
             request_id,
-            sequence.token_ids[: num_blocks * block_size].copy(),
+            sequence.token_ids[:num_tokens].copy(),
             sequence.request.root_hash,
-            tuple(sequence.block_hashes[:num_blocks]),
+            tuple(sequence.block_hashes[: num_tokens // block_size]),
             None,
             use_cache=use_cache,
             handoff_owner=request_id,
@@ -183,8 +186,10 @@ def make_engine(
     max_running: int = 8,
     block_size: int = BLOCK_SIZE,
     kv_dtype: str | None = None,
+    weights: Weights = "float32",
+    is_off_chain: bool = False,
 ) -> Engine:
-    runner = ModelRunner(model_dir)
+    runner = ModelRunner(model_dir, weights=weights)
     tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
     config = EngineConfig(
         "decode",
@@ -195,6 +200,7 @@ def make_engine(
         max_running=max_running,
         remote_threshold_tokens=32,
         kv_dtype=kv_dtype,
+        is_off_chain=is_off_chain,
     )
     connect = (lambda node_id: WarehouseClient(store)) if store is not None else None
     return Engine(runner, config, tokenizer, connect)

@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, apply_rotary_pos_
 from serving.engine import attention
 from serving.engine.fused import FusedDecoder, RMSNorm, can_fuse, rotate
 from serving.engine.kv_pool import KVLayout, KVPool
+from serving.engine.linear import INT4_GROUP, INT4_LEVELS, Weights, quantise
 from serving.engine.step_batch import SequencePart, build_step_batch
 from tests.tiny_models import FAMILIES
 
@@ -120,6 +121,46 @@ def test_bfloat16_is_as_close_as_the_stock_modules() -> None:
         max(float((a.float() - b).abs().mean()) for a, b in zip(side, exact, strict=True)) for side in (ours, stock)
     ]
     assert errors[0] <= 1.2 * errors[1]
+
+
+def on_levels(weight: torch.Tensor) -> torch.Tensor:
+    levels, scales, zeros = quantise(weight.view(len(weight), -1, INT4_GROUP))
+    return ((levels - INT4_LEVELS // 2) * scales.float()[..., None] + zeros.float()[..., None]).flatten(1)
+
+
+def make_rounding(decoder: nn.Module, weights: Weights) -> None:
+    """Have the stock products use weights as they are kept, and round what goes in and comes out to bf16."""
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        return x.bfloat16().float()
+
+    for module in decoder.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data = rounded(module.weight.data) if weights == "bf16" else on_levels(module.weight.data)
+            module.register_forward_pre_hook(lambda _, args: (rounded(args[0]),))
+            module.register_forward_hook(lambda _, args, product: rounded(product))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("weights", ["bf16", "int4"])
+def test_smaller_weights_round_products_and_nothing_else(weights: Weights, family: str) -> None:
+    (exact, config), (stock, _), (fusable, _) = (
+        make_decoder(family, hidden_size=96, intermediate_size=128) for _ in range(3)
+    )
+    make_rounding(stock, weights)
+    pools = [make_pool(config) for _ in range(3)]
+    fused = FusedDecoder(fusable, config, weights)
+    off_rounding, off_exact = 0.0, 0.0
+    for parts in steps():
+        batches = [build_step_batch(pool, parts) for pool in pools]
+        with torch.inference_mode():
+            ours = fused.forward(batches[0])
+        by_rounding, by_exact = stock_hidden(stock, batches[1]), stock_hidden(exact, batches[2])
+        off_rounding = max(off_rounding, float((ours - by_rounding).norm() / by_rounding.norm()))
+        off_exact = max(off_exact, float((ours - by_exact).norm() / by_exact.norm()))
+    # A sum in another order is now and then rounded to the other side, by one part in 2^7: nothing else differs.
+    assert off_rounding < 2**-7
+    assert off_exact > 2 * off_rounding
 
 
 def test_shapes_on_a_device_without_kernels() -> None:

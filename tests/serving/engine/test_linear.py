@@ -1,12 +1,27 @@
 """Every layout gives the product that the plain weights give."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.nn import functional
 
-from serving.engine.linear import Linear, PackedLinear, PlainLinear, TiedHead, can_pack, make_linear
+from serving.engine.linear import (
+    INT4_GROUP,
+    Bf16Linear,
+    Int4Linear,
+    Linear,
+    PackedLinear,
+    PlainLinear,
+    TiedHead,
+    can_pack,
+    make_linear,
+)
 
 SIZE_IN, SIZE_OUT = 48, 72
+INT4_SIZE_IN = 3 * INT4_GROUP
+ROUNDOFF = torch.finfo(torch.bfloat16).eps / 2
+"""Largest relative error of rounding to bf16."""
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -54,3 +69,69 @@ def test_only_float32_on_a_cpu_is_packed() -> None:
     assert not can_pack(draw(4, 4).bfloat16())
     assert not can_pack(torch.empty(4, 4, device="meta"))
     assert isinstance(make_linear(draw(4, 4).bfloat16()), PlainLinear)
+
+
+def rounded_product(x: torch.Tensor, weight: torch.Tensor, off: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The exact product, and how far it may be off with weights that are off by `off` and factors rounded to bf16."""
+    exact = x.double() @ weight.double().t()
+    size = x.abs().double() @ (weight.abs() + off).double().t()
+    # Rounded x, and sums in float32; then the product itself is rounded.
+    before = x.abs().double() @ off.double().t() + size * (ROUNDOFF + x.shape[1] * 2**-24)
+    return exact, before + ROUNDOFF * (exact.abs() + before)
+
+
+def plain_bf16(weight: torch.Tensor, bias: torch.Tensor | None) -> Bf16Linear:
+    """As on a machine that does not multiply packed bf16: only float32 is packed."""
+    return Bf16Linear(weight.double(), bias)
+
+
+def int4_off(weight: torch.Tensor) -> torch.Tensor:
+    """How far each weight may be from its level: half a step, and at the ends what rounding step and zero takes."""
+    groups = weight.view(len(weight), -1, INT4_GROUP)
+    step = (groups.amax(-1) - groups.amin(-1)) / 15
+    most = step / 2 * (1 + ROUNDOFF) + 7.5 * ROUNDOFF * step + ROUNDOFF * (groups.abs().amax(-1) + step)
+    return most.repeat_interleave(INT4_GROUP, 1)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("num_rows", [0, 1, 2, 5, 16, 70])
+@pytest.mark.parametrize("kind", [Bf16Linear, plain_bf16, Int4Linear])
+def test_smaller_weights_are_off_by_their_rounding_alone(
+    kind: Callable[[torch.Tensor, torch.Tensor | None], Linear], num_rows: int, has_bias: bool
+) -> None:
+    weight, bias = draw(SIZE_OUT, INT4_SIZE_IN), draw(SIZE_OUT, seed=1) if has_bias else None
+    x, residual = draw(num_rows, 2 * INT4_SIZE_IN, seed=2)[:, :INT4_SIZE_IN], draw(num_rows, SIZE_OUT, seed=3)
+    before = residual.clone()
+    exact, most_off = rounded_product(x, weight, int4_off(weight) if kind is Int4Linear else ROUNDOFF * weight.abs())
+    linear = kind(weight, bias)
+    product, total = linear(x), linear.add_to(residual, x)
+    assert product.dtype == total.dtype == torch.float32
+    assert product.shape == total.shape == (num_rows, SIZE_OUT)
+    added = 0.0 if bias is None else bias.double()
+    slack = 1e-5  # bias and residual are added in float32
+    assert bool(((product - exact - added).abs() <= most_off + slack).all())
+    assert bool(((total - exact - added - residual).abs() <= most_off + slack).all())
+    assert torch.equal(residual, before)
+
+
+def test_int4_keeps_what_is_on_its_levels() -> None:
+    """A checkpoint that was made of four-bit groups comes back as it was, but for the rounding of scales."""
+    levels = torch.randint(0, 16, (SIZE_OUT, INT4_SIZE_IN), generator=torch.Generator().manual_seed(4))
+    levels[:, ::INT4_GROUP], levels[:, 1::INT4_GROUP] = 0, 15  # every group uses both ends
+    weight = (levels - 7.5) * 0.25  # steps and zeros that bf16 has
+    assert torch.equal(Int4Linear(weight)(torch.eye(INT4_SIZE_IN)).t(), weight)
+
+
+def test_int4_takes_groups_of_equal_weights() -> None:
+    weight = torch.zeros(SIZE_OUT, INT4_SIZE_IN)
+    weight[3] = 0.75
+    assert torch.equal(Int4Linear(weight)(torch.eye(INT4_SIZE_IN)).t(), weight)
+
+
+def test_how_much_memory_weights_take() -> None:
+    weight, bias = draw(64, INT4_SIZE_IN), draw(64)
+    num_weights = weight.numel()
+    assert make_linear(weight, bias).num_bytes == 4 * num_weights + 4 * 64
+    assert make_linear(weight, None, "bf16").num_bytes == 2 * num_weights
+    assert make_linear(weight, None, "int4").num_bytes == num_weights // 2 + 4 * num_weights // INT4_GROUP
+    assert TiedHead(weight).num_bytes == 0

@@ -5,7 +5,7 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from serving.engine.families import UnsupportedModelError
 from serving.engine.kv_pool import KVPool
+from serving.engine.linear import Weights
 from serving.engine.runner import ModelRunner, config_digest, quiet_loading, set_num_threads
 from serving.engine.step_batch import SequencePart, build_step_batch
 from tests.tiny_models import FAMILIES, build_tiny_model
@@ -249,6 +250,57 @@ def test_a_sliding_window_that_is_not_used_does_no_harm(family_dir: Path, tmp_pa
 def test_unknown_dtype_is_refused(tiny_model_dir: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="dtype 'int8' is not supported, choose one of float32"):
         ModelRunner(tiny_model_dir, dtype="int8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"weights": "int8"}, "weights 'int8' are not supported, choose one of float32, bf16, int4"),
+        ({"weights": "int4", "device": "cuda"}, "int4 weights need a CPU and float32, not float32 on cuda"),
+        ({"weights": "bf16", "device": "cuda"}, "model.dtype: bfloat16 keeps them in bf16 there"),
+        ({"weights": "int4", "dtype": "bfloat16"}, "need a CPU and float32, not bfloat16 on cpu; use model.dtype"),
+        ({"weights": "bf16", "dtype": "float16"}, "need a CPU and float32, not float16 on cpu"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(copied_dir: Path, arguments: dict[str, Any], reason: str) -> None:
+    (copied_dir / "model.safetensors").unlink()  # refused before any weight is read
+    with pytest.raises(UnsupportedModelError, match=reason):
+        ModelRunner(copied_dir, **arguments)
+
+
+def test_int4_needs_whole_groups(copied_dir: Path) -> None:
+    edit_config(copied_dir, intermediate_size=120)
+    with pytest.raises(UnsupportedModelError, match=r"groups of 32, .* intermediate size \(120\)"):
+        ModelRunner(copied_dir, weights="int4")
+
+
+def test_only_fused_modules_take_smaller_weights(copied_dir: Path) -> None:
+    edit_config(copied_dir, hidden_act="gelu")
+    assert ModelRunner(copied_dir).vocab_size == 300
+    with pytest.raises(UnsupportedModelError, match=r"llama with gelu runs on stock modules, .* can't be int4"):
+        ModelRunner(copied_dir, weights="int4")
+
+
+def test_numerics_are_in_the_fingerprint(tiny_model_dir: Path) -> None:
+    runners = {weights: ModelRunner(tiny_model_dir, weights=weights) for weights in get_args(Weights)}
+    roots = {runner.fingerprint("w", BLOCK_SIZE).root_hash() for runner in runners.values()}
+    assert len(roots) == 3
+    exact = runners["float32"].fingerprint("w", BLOCK_SIZE)
+    assert exact.numerics == "float32", "what was stored before is still found"
+    for runner in runners.values():
+        assert runner.layout(BLOCK_SIZE) == runners["float32"].layout(BLOCK_SIZE)
+        assert runner.fingerprint("w", BLOCK_SIZE, numerics="float32") == exact
+    half = ModelRunner(tiny_model_dir, "bfloat16", weights="bf16")
+    assert half.numerics == "bfloat16", "weights of a bfloat16 model are bf16 in any case"
+
+
+def test_weights_take_as_much_memory_as_they_say(tiny_model_dir: Path) -> None:
+    sizes = {w: ModelRunner(tiny_model_dir, weights=w).num_weight_bytes for w in get_args(Weights)}
+    num_embedded = 2 * 300 * 64  # and in the head
+    num_products = 3 * ((64 + 2 * 32) * 64 + 64 * 64 + 2 * 128 * 64 + 64 * 128)
+    assert sizes["float32"] == 4 * (num_embedded + num_products)
+    assert sizes["bf16"] == 2 * (num_embedded + num_products)
+    assert sizes["int4"] == 2 * num_embedded + num_products * 5 // 8
 
 
 def test_loading_is_quiet_and_leaves_progress_bars_as_they_were(

@@ -344,6 +344,21 @@ def test_prefill_that_has_all_in_its_pool_hands_it_off_without_computing(tiny_mo
         assert prefill.engine.counters["computed_tokens"] == computed
 
 
+def test_chunks_are_announced_while_the_step_loop_goes_on(tiny_model_dir: Path) -> None:
+    threads = list[str]()
+    with (
+        open_store(None) as store,
+        running(make_engine(tiny_model_dir, store, replica_id="prefill", step_tokens=BLOCK_SIZE)) as prefill,
+        running(make_engine(tiny_model_dir, store, replica_id="decode")) as decode,
+    ):
+        handoff = Handoff(prefill, decode, on_announced=lambda: threads.append(threading.current_thread().name))
+        handoff.submit(prompt_of(BLOCK_SIZE * 4 + 5), SamplingParams(2, temperature=0.0), "chunks").wait()
+    assert [num_tokens for num_tokens, _ in handoff.announced] == [16, 32, 48, 64, 68]
+    assert [is_last for _, is_last in handoff.announced] == [False] * 4 + [True]
+    assert all(name.startswith("tokenloft-store") for name in threads)
+    assert len(threads) == 5
+
+
 def test_a_purge_ends_when_nothing_more_is_on_its_way_into_the_store(tiny_model_dir: Path) -> None:
     prompt = prompt_of(BLOCK_SIZE * 3 + 5)
     with gated_store() as store, running(make_engine(tiny_model_dir, store)) as engine:
