@@ -5,6 +5,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
+SOAK_MINUTES ?= 5
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test soak lint
@@ -29,8 +30,8 @@ serve: setup  ## Set up, then serve on 127.0.0.1:8000
 test: setup  ## Set up, then run the whole suite
 	$(BIN)/python -m pytest
 
-soak: setup  ## Set up, then five minutes of load
-	$(BIN)/python -m pytest -m soak
+soak: setup  ## Set up, then five minutes of load (or SOAK_MINUTES=N)
+	$(BIN)/python -m pytest -m soak --soak-minutes $(SOAK_MINUTES)
 
 lint: setup  ## Style, format, types and layer order
 	$(BIN)/ruff check .
