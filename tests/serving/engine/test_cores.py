@@ -99,7 +99,7 @@ def test_a_neighbour_that_is_killed_rests(tmp_path: Path) -> None:
     process = context.Process(target=_work_and_die, args=(tmp_path, is_working, never))
     process.start()
     try:
-        assert is_working.wait(60)
+        assert is_working.wait(180)
         assert one.rested_s() == [0.0]
     finally:
         process.kill()
