@@ -362,14 +362,16 @@ def _unpack(packed: bytes) -> SealedHeader:
 
 def is_consistent(header: ExtentHeader) -> bool:
     """At least one block, all full or one that is not, of some bytes each, and hashes of the right length."""
-    num_full_tokens = header.num_blocks * header.block_size
-    is_whole = header.num_tokens == num_full_tokens or (header.num_blocks == 1 and header.is_tail)
+    # Asked for each row of an index that is opened: hence no calls that can be spared.
+    num_blocks, hash_rest = divmod(len(header.packed_hashes), HASH_BYTES)
+    num_tokens, token_rest = divmod(len(header.packed_tokens), TOKEN_BYTES)
+    num_full_tokens = num_blocks * header.block_size
+    is_whole = num_tokens == num_full_tokens or (num_blocks == 1 and 0 < num_tokens < num_full_tokens)
     is_hash = len(header.root_hash) == len(header.parent_hash) == HASH_BYTES
-    is_packed = not len(header.packed_hashes) % HASH_BYTES and not len(header.packed_tokens) % TOKEN_BYTES
-    is_placed = header.first_block >= 0 and all(isinstance(each, str) for each in header.origin)
-    shape = header.shape
-    has_bytes = min(header.num_tokens, header.block_size, shape.num_layers, shape.num_kv_heads, shape.head_dim) > 0
-    return has_bytes and is_hash and is_packed and is_placed and is_whole
+    origin, shape = header.origin, header.shape
+    is_placed = header.first_block >= 0 and (origin is NOBODY or all(isinstance(each, str) for each in origin))
+    has_bytes = num_tokens > 0 and min(shape.num_layers, shape.num_kv_heads, shape.head_dim) > 0
+    return has_bytes and is_hash and not hash_rest and not token_rest and is_placed and is_whole
 
 
 def chain_header(

@@ -6,11 +6,11 @@ it has left its last tier (`remove`).
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from cache.events import Event, ExtentStored, Tier
 from cache.eviction import EvictionPolicy
-from cache.extent_tree import Extent, ExtentTree
+from cache.extent_tree import Extent, ExtentTree, Run
 
 
 class Holdings:
@@ -23,7 +23,7 @@ class Holdings:
         """Of the extents that can be found."""
         self._extents: dict[str, Extent] = {}
         self._superseded: OrderedDict[str, Extent] = OrderedDict()
-        self._used: list[list[Extent]] = []
+        self._used: list[Collection[Run]] = []
         """Chains that were used since the policies were told last."""
 
     def __len__(self) -> int:
@@ -90,15 +90,15 @@ class Holdings:
         del self._extents[extent.extent_id]
         self.tree.remove(extent)
 
-    def note_use(self, extents: Iterable[Extent]) -> None:
+    def note_use(self, chain: Collection[Run]) -> None:
         """A chain was used. The policies are told later: a lookup does not wait for them."""
-        self._used.append(list(extents))
+        self._used.append(chain)
 
     def settle_uses(self) -> None:
         """Tell the policies, of each chain the last first, so that an ancestor is younger than its descendants."""
         dram, disk = self.policies[Tier.DRAM], self.policies[Tier.DISK]
         for chain in self._used:
-            for extent in reversed(chain):
+            for extent in reversed([run.extent for run in chain]):
                 if extent.in_dram:
                     dram.touch(extent.header.extent_id)
                 if extent.on_disk:

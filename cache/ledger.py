@@ -122,7 +122,7 @@ class Ledger:
             return []
         self.counters["load_hits"] += 1
         self._lease(query.owner, (run.extent for run in found), now)
-        self.held.note_use(run.extent for run in (*before, *found))
+        self.held.note_use([*before, *found])
         return found
 
     def complete_load(self, owner: str) -> list[Drop]:

@@ -207,7 +207,7 @@ class FileTier:
         return extent_id if self._vault is None else self._vault.name_of(extent_id)
 
     def path(self, extent_id: str) -> str:
-        return self._folder.extent(self.name_of(extent_id))
+        return self._folder.extent(extent_id if self._vault is None else self.name_of(extent_id))
 
     def write(self, header: ExtentHeader, image: Image) -> None:
         row: ExtentHeader | LockedExtent = header

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from cache.events import ExtentStored, Tier
 from cache.eviction import LruPolicy
-from cache.extent_tree import Extent
+from cache.extent_tree import Extent, Run
 from cache.hashing import pack_hashes
 from cache.holdings import Holdings
 from tests.cache.chains import header_of
@@ -55,7 +55,7 @@ def test_victims_are_leaves_first_and_found_whenever_there_are_enough(
     held = Holdings(LruPolicy)
     extents = forest(held, paths)
     used = data.draw(st.lists(st.sampled_from(sorted(extents))))
-    held.note_use(extents[path] for path in used)
+    held.note_use([Run(extents[path], 0, 0, 0) for path in used])
     pinned = set(data.draw(st.lists(st.sampled_from(sorted(extents)), max_size=3)))
     picked = held.pick_victims(Tier.DRAM, num_bytes, lambda extent: extent not in {extents[p] for p in pinned})
     most = evictable(extents, pinned)
