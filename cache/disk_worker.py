@@ -200,8 +200,10 @@ class DiskWorker:
         return removals
 
     def _take_suspects(self) -> list[str]:
-        """Files to look at now; none while the disk is down, when they would all look bad."""
-        suspects = [] if self.degraded else list(self._suspects)
+        """Files to look at now; while the disk is down they wait, as they would all look bad."""
+        if self.degraded:
+            return []
+        suspects = list(self._suspects)
         self._suspects.clear()
         return suspects
 
@@ -216,6 +218,7 @@ class DiskWorker:
                 self._disk.probe()
             except OSError as failure:
                 self._failed(failure)
+                self.suspect(extent_id)  # to be looked at when the disk works again
             else:
                 self.quarantine(extent_id, Tier.DISK, str(error))
 

@@ -233,8 +233,8 @@ def test_a_file_that_can_not_be_read_is_a_miss_and_can_be_stored_again(tmp_path:
     with open_store(folder, store_config(retry_s=0.05)) as store:
         for number in range(1, 9):
             assert read(store, chain(number)[:4])[0] == 0
+        wait_until(lambda: counter(store, "quarantined_extents") == 8)
         wait_until(lambda: is_well(store) and not store._worker._removals)
-        assert counter(store, "quarantined_extents") == 8
         for number in range(1, 9):
             assert store_chain(store, chain(number)[:4])
         wait_until(lambda: is_well(store))
