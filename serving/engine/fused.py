@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from serving.engine.attention import attend_step
 from serving.engine.families import FUSED_MODULES
-from serving.engine.linear import PACKED_MIN_ROWS, Linear, PackedLinear, Weights, make_linear
+from serving.engine.linear import Linear, PackedLinear, Weights, make_linear, packed_rows
 from serving.engine.step_batch import StepBatch
 
 _ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -130,7 +130,7 @@ class FusedDecoder:
         self._weights: Weights = weights
         with torch.inference_mode():
             self._layers = [self._take_layer(decoder.layers, at) for at in range(len(decoder.layers))]
-        self._min_rows = PACKED_MIN_ROWS if isinstance(self._layers[0].qkv, PackedLinear) else 1
+        self._is_packed = isinstance(self._layers[0].qkv, PackedLinear)
 
     def _take_layer(self, layers: Any, at: int) -> _Layer:
         stock, layers[at] = layers[at], nn.Identity()
@@ -168,7 +168,7 @@ class FusedDecoder:
 
     def forward(self, batch: StepBatch) -> torch.Tensor:
         """Compute the batch's tokens into its pool; the last hidden states, normed, `(T, hidden_size)`."""
-        num_padding = max(0, self._min_rows - batch.num_tokens)
+        num_padding = packed_rows(batch.num_tokens) - batch.num_tokens if self._is_packed else 0
         hidden: torch.Tensor = self._embed(_padded(batch.input_ids, num_padding)).to(self._dtype)
         cos, sin = self._angles(hidden, _padded(batch.position_ids, num_padding))
         attended = hidden.new_zeros(hidden.shape[0], self._num_heads, self._head_dim)

@@ -17,6 +17,9 @@ from torch.nn import functional
 PACKED_MIN_ROWS = 4
 """A packed product of fewer rows takes longer than one of four, so callers pad."""
 
+_FEW_ROWS = 32
+_ROWS_STEP = 16
+
 _PACKED_FOR_ROWS = 64
 """Rows that the layout is chosen for; it serves all others as well."""
 
@@ -187,6 +190,15 @@ class TiedHead:
     @property
     def num_bytes(self) -> int:
         return 0  # they are the embedding's
+
+
+def packed_rows(num_rows: int) -> int:
+    """Rows to pad to for packed products.
+
+    oneDNN makes and keeps code for each number of rows, up to 1,024 products: about 250 MB for batches of every size.
+    """
+    step = PACKED_MIN_ROWS if num_rows <= _FEW_ROWS else _ROWS_STEP
+    return -(-num_rows // step) * step
 
 
 def can_pack(weight: torch.Tensor) -> bool:

@@ -16,6 +16,7 @@ from serving.engine.linear import (
     TiedHead,
     can_pack,
     make_linear,
+    packed_rows,
 )
 
 SIZE_IN, SIZE_OUT = 48, 72
@@ -135,3 +136,10 @@ def test_how_much_memory_weights_take() -> None:
     assert make_linear(weight, None, "bf16").num_bytes == 2 * num_weights
     assert make_linear(weight, None, "int4").num_bytes == num_weights // 2 + 4 * num_weights // INT4_GROUP
     assert TiedHead(weight).num_bytes == 0
+
+
+def test_batches_of_all_sizes_make_few_products() -> None:
+    padded = [packed_rows(num_rows) for num_rows in range(1, 257)]
+    assert all(rows <= after for rows, after in enumerate(padded, 1))
+    assert max(after - rows for rows, after in enumerate(padded, 1)) < 16
+    assert len(set(padded)) <= 24, "each is kept by oneDNN"
