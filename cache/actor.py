@@ -108,6 +108,7 @@ class NodeStoreActor:
     def report_unreadable(self, extent_id: str) -> None:
         self._opened.report_unreadable(extent_id)
 
+    @ray.method(concurrency_group="read")
     def report_bad(self, extent_id: str, tier: Tier, reason: str) -> None:
         self._opened.report_bad(extent_id, tier, reason)
 

@@ -11,6 +11,7 @@ import pytest
 import ray
 
 from cache.actor import (
+    NodeStoreActor,
     NodeStoreOptions,
     RayStorePort,
     connect,
@@ -55,6 +56,13 @@ class TestActor(WarehouseContract):
     def settle(self, client: WarehouseClient) -> None:
         assert isinstance(client.port, RayStorePort)
         assert client.port.stats().state == "ok"
+
+
+def test_no_verb_waits_behind_those_of_another_kind() -> None:
+    """A verb without a group runs in the actor's only other thread, behind whatever waits there."""
+    verbs = {name: verb for name, verb in vars(NodeStoreActor).items() if callable(verb) and name[0] != "_"}
+    ungrouped = {name for name, verb in verbs.items() if not hasattr(verb, "__ray_concurrency_group__")}
+    assert ungrouped == {"wait_ready"}
 
 
 def test_the_folder_names_the_node(local_ray: str, actor: Any, tmp_path: Path) -> None:
