@@ -20,7 +20,7 @@ from cache.errors import ExtentCorrupt, ExtentLocked, ReadTimedOut, StoreUnavail
 from cache.events import DeviceBlocks, ReplicaLoad, Tier
 from cache.extent import ExtentHeader, Image, allocate_image, seal
 from cache.messages import LoadGrant, LoadPiece, LoadQuery, StoreGrant, StoreOffer
-from cache.read_ahead import Block, ReadAhead, Reader
+from cache.read_ahead import Block, ReadAhead
 
 READ_TIMEOUT_S = 5.0
 RENEW_INTERVAL_S = 15.0
@@ -79,7 +79,6 @@ class WarehouseClient:
     speeds: dict[Tier, TierSpeed] = field(default_factory=dict)
     _files_again_at: float = -math.inf
     _renew_at: float = math.inf
-    _reader: Reader | None = None
 
     # -- reading ------------------------------------------------------------------------------------
 
@@ -104,15 +103,11 @@ class WarehouseClient:
         if backwards:
             pieces = pieces[::-1]
         images = self._images_ahead([piece for piece in pieces if not self._is_file(piece)])
-        if self._reader is None or not self._reader.is_idle:  # one that hangs, or has not noticed its pass's end
-            self._reader = Reader()
-        ahead = ReadAhead(
-            query, pieces, images, self._is_file, self.read_timeout_s, self._reader, self.vault, backwards=backwards
-        )
+        ahead = ReadAhead(query, pieces, images, self._is_file, self.read_timeout_s, self.vault, backwards=backwards)
         try:
             for piece in pieces:
-                started = time.perf_counter()
                 self._renew(query.owner)
+                started = time.perf_counter()
                 for chunk in ahead.chunks(piece):
                     yield from chunk.blocks
                     self._note_speed(piece.tier, chunk.num_bytes, time.perf_counter() - started)

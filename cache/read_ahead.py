@@ -55,42 +55,6 @@ class Chunk:
         return sum(len(block.payload) for block in self.blocks)
 
 
-class Reader:
-    """A thread for one pass after the other, which ends with this object.
-
-    Kept from load to load: a thread that has talked to Ray leaves tens of kilobytes behind when it ends.
-    """
-
-    def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._idle = threading.Event()
-        self._idle.set()
-        # Not a method of this object: the thread must not keep it alive.
-        threading.Thread(target=_serve, args=(self._jobs, self._idle), name="tokenloft-read", daemon=True).start()
-
-    def __repr__(self) -> str:
-        return f"<Reader {'idle' if self.is_idle else 'busy'}>"
-
-    def __del__(self) -> None:
-        self._jobs.put(None)
-
-    @property
-    def is_idle(self) -> bool:
-        return self._idle.is_set()
-
-    def run(self, job: Callable[[], None]) -> None:
-        """Have an idle thread run a job, which must not raise."""
-        self._idle.clear()
-        self._jobs.put(job)
-
-
-def _serve(jobs: "queue.SimpleQueue[Callable[[], None] | None]", idle: threading.Event) -> None:
-    while (job := jobs.get()) is not None:
-        job()
-        del job  # and all that it holds
-        idle.set()
-
-
 class ReadAhead:
     """One pass over the pieces of one grant. To be closed, and not to be shared."""
 
@@ -101,12 +65,11 @@ class ReadAhead:
         images: Iterator[Image],
         is_file: Callable[[LoadPiece], bool],
         timeout_s: float,
-        reader: Reader,
         vault: Vault | None = None,
         *,
         backwards: bool = False,
     ) -> None:
-        """`images` gives, in order, the images of those pieces that are no files; `reader`, an idle one, walks it.
+        """`images` gives, in order, the images of those pieces that are no files; it is walked by the thread.
 
         `vault` decrypts files. `backwards`: the pieces come from the last to the first, and so do the blocks of each.
         """
@@ -124,7 +87,7 @@ class ReadAhead:
         for _ in range(NUM_BUFFERS):
             self._free.put(aligned_empty(0))
         if pieces:
-            reader.run(lambda: self._run(pieces))
+            threading.Thread(target=self._run, args=(pieces,), name="tokenloft-read", daemon=True).start()
 
     def __repr__(self) -> str:
         return f"<ReadAhead {self._ready.qsize()} chunks ready>"
