@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from serving.engine.attention import attend_step
 from serving.engine.families import FUSED_MODULES
-from serving.engine.linear import Linear, PackedLinear, Weights, make_linear, packed_rows
+from serving.engine.linear import Linear, Weights, make_linear, packed_rows
 from serving.engine.step_batch import StepBatch
 
 _ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -130,7 +130,7 @@ class FusedDecoder:
         self._weights: Weights = weights
         with torch.inference_mode():
             self._layers = [self._take_layer(decoder.layers, at) for at in range(len(decoder.layers))]
-        self._is_packed = isinstance(self._layers[0].qkv, PackedLinear)
+        self._is_packed = self._layers[0].qkv.is_packed
 
     def _take_layer(self, layers: Any, at: int) -> _Layer:
         stock, layers[at] = layers[at], nn.Identity()

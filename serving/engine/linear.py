@@ -8,8 +8,9 @@ Smaller weights are read faster, which is what a step of few rows takes its time
 float32 beside them; what is multiplied is rounded to bf16, and so is the product.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch.nn import functional
@@ -50,11 +51,17 @@ class Linear(Protocol):
         """Memory that the weights take."""
         ...
 
+    @property
+    def is_packed(self) -> bool:
+        """They are in oneDNN's layout: callers pad to `packed_rows`."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class PlainLinear:
     """Weights `(out, in)` as they are, on any device and in any dtype."""
 
+    is_packed: ClassVar[bool] = False
     weight: torch.Tensor
     bias: torch.Tensor | None = None
 
@@ -73,9 +80,11 @@ class PlainLinear:
 class PackedLinear:
     """Weights in oneDNN's layout; the residual is added while the product is still in registers."""
 
+    is_packed: ClassVar[bool] = True
+
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         """Needs `can_pack(weight)`."""
-        self._weight: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACKED_FOR_ROWS)
+        self._weight = _packed(weight)
         self._bias = bias
         self._multiply: Any = torch.ops.mkldnn._linear_pointwise
 
@@ -92,22 +101,14 @@ class PackedLinear:
         return _num_bytes(self._weight, self._bias)
 
 
-class Bf16Linear:
-    """Weights of half the size, in oneDNN's layout where the machine multiplies bf16, else as they are."""
+class _RoundedLinear(ABC):
+    """What multiplies in bf16: the product comes back in float32, with bias or residual beside it."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        self._weight = weight.bfloat16()
-        self._bias = bias
-        self._is_packed: bool = can_pack(weight) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        if self._is_packed:
-            self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight.contiguous(), _PACKED_FOR_ROWS)
+    _bias: torch.Tensor | None
 
+    @abstractmethod
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.bfloat16()
-        if not self._is_packed:
-            return functional.linear(rows, self._weight)
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, self._weight, None, "none", [], "")
-        return product
+        """`x`, rounded, times the weights, `(n, out)` in bf16."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         product = self._multiply(x).float()
@@ -117,16 +118,34 @@ class Bf16Linear:
         total = residual + self._multiply(x)
         return total if self._bias is None else total.add_(self._bias)
 
+
+class Bf16Linear(_RoundedLinear):
+    """Weights of half the size, in oneDNN's layout where the machine multiplies bf16, else as they are."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        self._bias = bias
+        self.is_packed: bool = can_pack(weight) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        self._weight = _packed(weight.bfloat16()) if self.is_packed else weight.bfloat16()
+
+    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.bfloat16()
+        if not self.is_packed:
+            return functional.linear(rows, self._weight)
+        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, self._weight, None, "none", [], "")
+        return product
+
     @property
     def num_bytes(self) -> int:
         return _num_bytes(self._weight, self._bias)
 
 
-class Int4Linear:
+class Int4Linear(_RoundedLinear):
     """Weights of four bits, `(level - 8) * scale + zero` with a bf16 scale and zero for each `INT4_GROUP` of a row.
 
     A level is the nearest to the weight, and the levels of a group reach from its least weight to its greatest.
     """
+
+    is_packed: ClassVar[bool] = False
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         """Needs `weight.shape[1]` to be a multiple of `INT4_GROUP`, on a CPU."""
@@ -144,14 +163,6 @@ class Int4Linear:
         product: torch.Tensor = multiply(rows, self._packed, INT4_GROUP, self._scales_and_zeros)
         return product[:, : self._size_out]
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        product = self._multiply(x).float()
-        return product if self._bias is None else product.add_(self._bias)
-
-    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        total = residual + self._multiply(x)
-        return total if self._bias is None else total.add_(self._bias)
-
     @property
     def num_bytes(self) -> int:
         return _num_bytes(self._packed, self._scales_and_zeros, self._bias)
@@ -167,6 +178,11 @@ def quantise(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     scales[scales == 0] = 1  # all weights of the group are alike: the zero is what they are
     levels = ((groups - zeros.float().unsqueeze(-1)) / scales.float().unsqueeze(-1)).round_().add_(half)
     return levels.clamp_(0, INT4_LEVELS - 1).int(), scales, zeros
+
+
+def _packed(weight: torch.Tensor) -> torch.Tensor:
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACKED_FOR_ROWS)
+    return packed
 
 
 def _num_bytes(*tensors: torch.Tensor | None) -> int:

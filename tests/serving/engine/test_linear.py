@@ -1,6 +1,7 @@
 """Every layout gives the product that the plain weights give."""
 
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from serving.engine.linear import (
     PackedLinear,
     PlainLinear,
     TiedHead,
+    Weights,
     can_pack,
     make_linear,
     packed_rows,
@@ -143,3 +145,11 @@ def test_batches_of_all_sizes_make_few_products() -> None:
     assert all(rows <= after for rows, after in enumerate(padded, 1))
     assert max(after - rows for rows, after in enumerate(padded, 1)) < 16
     assert len(set(padded)) <= 24, "each is kept by oneDNN"
+
+
+def test_what_lies_in_onednns_layout_says_so() -> None:
+    """Callers pad the rows of whatever does: bf16 too."""
+    weight = draw(64, 32)
+    is_bf16_packed = can_pack(weight) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    expected = {"float32": can_pack(weight), "bf16": is_bf16_packed, "int4": False}
+    assert {kind: make_linear(weight, None, kind).is_packed for kind in get_args(Weights)} == expected
