@@ -136,18 +136,8 @@ class ExtentTree:
 
         A run that ends inside a block is the last one. No runs: nothing continues.
         """
-        before: list[Run] = []
         runs = self.runs(block_hashes, readable_from=first)
-        found: list[Run] = [] if first else runs
-        for run in runs if first else ():
-            if run.first_block >= first:
-                found.append(run)
-                continue
-            num_before = min(first - run.first_block, run.num_tokens // block_size)
-            before.append(Run(run.extent, 0, run.first_block, num_before * block_size))
-            left = run.num_tokens - num_before * block_size
-            if left:
-                found.append(Run(run.extent, num_before, first, left))
+        before, found = _split(runs, first, block_size) if first else ([], runs)
         at = found[-1].end(block_size) if found else first
         parent_hash = block_hashes[at - 1] if at else root_hash
         rest = pack_tokens(token_ids[at * block_size : (at + 1) * block_size])
@@ -317,6 +307,22 @@ class ExtentTree:
             tokens = [_first_tokens(e) for e in siblings]
             assert tokens == sorted(tokens), "children out of order"
         assert {e for siblings in self._children.values() for e in siblings} == set(self), "children and extents differ"
+
+
+def _split(runs: Iterable[Run], first: int, block_size: int) -> tuple[list[Run], list[Run]]:
+    """The runs of full blocks before block `first`, and those from there on."""
+    before: list[Run] = []
+    found: list[Run] = []
+    for run in runs:
+        if run.first_block >= first:
+            found.append(run)
+            continue
+        num_before = min(first - run.first_block, run.num_tokens // block_size)
+        before.append(Run(run.extent, 0, run.first_block, num_before * block_size))
+        left = run.num_tokens - num_before * block_size
+        if left:
+            found.append(Run(run.extent, num_before, first, left))
+    return before, found
 
 
 def _first_tokens(extent: Extent) -> bytes:

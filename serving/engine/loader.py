@@ -146,9 +146,7 @@ class Loader:
         try:
             if grant.num_tokens > job.num_present_tokens:
                 for block in client.read(query, grant):
-                    self._pool.import_(
-                        job.block_table[block.index], block.num_tokens, block.payload, block.stored_tokens
-                    )
+                    self._import(job.block_table, block)
                     end = block.index * query.block_size + block.num_tokens
                     gained = max(0, end - result.num_tokens)
                     result.num_tokens += gained
@@ -182,9 +180,11 @@ class Loader:
             job.on_planned(plan)
             if plan.kind == "compute":
                 return
-            self._load_in_turn(client, job, grant)
+            if not meeting.is_turned:
+                self._load_blocks(client, job, query, grant, backwards=False)
             for _ in range(_MAX_PASSES if meeting.is_turned else 0):
-                self._load_backwards(client, job, query, grant)
+                if meeting.gap() is not None:
+                    self._load_blocks(client, job, query, grant, backwards=True)
                 gap = meeting.gap()
                 if gap is None:
                     return
@@ -195,28 +195,21 @@ class Loader:
             self._note_speed(client)
             client.release(query.owner)
 
-    def _load_in_turn(self, client: WarehouseClient, job: MeetingJob, grant: LoadGrant) -> None:
-        if job.meeting.is_turned:
-            return
-        with closing(client.read(job.query, grant)) as blocks:
+    def _load_blocks(
+        self, client: WarehouseClient, job: MeetingJob, query: LoadQuery, grant: LoadGrant, *, backwards: bool
+    ) -> None:
+        """As many blocks, in one direction, as the meeting wants and the store gives."""
+        meeting = job.meeting
+        with closing(client.read(query, grant, backwards=backwards)) as blocks:
             for block in blocks:
-                if not job.meeting.claim_next():
+                begin = block.index * query.block_size
+                if not (meeting.claim_previous(begin) if backwards else meeting.claim_next()):
                     return
-                self._import(job, block)
+                self._import(job.block_table, block)
+                meeting.wrote(begin, begin + block.num_tokens, block.tier)
 
-    def _load_backwards(self, client: WarehouseClient, job: MeetingJob, query: LoadQuery, grant: LoadGrant) -> None:
-        if job.meeting.gap() is None:
-            return
-        with closing(client.read(query, grant, backwards=True)) as blocks:
-            for block in blocks:
-                if not job.meeting.claim_previous(block.index * query.block_size):
-                    return
-                self._import(job, block)
-
-    def _import(self, job: MeetingJob, block: Block) -> None:
-        self._pool.import_(job.block_table[block.index], block.num_tokens, block.payload, block.stored_tokens)
-        begin = block.index * job.query.block_size
-        job.meeting.wrote(begin, begin + block.num_tokens, block.tier)
+    def _import(self, block_table: tuple[int, ...], block: Block) -> None:
+        self._pool.import_(block_table[block.index], block.num_tokens, block.payload, block.stored_tokens)
 
     def _note_speed(self, client: WarehouseClient) -> None:
         with self._lock:
