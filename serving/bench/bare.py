@@ -3,7 +3,6 @@
 What two of these cost each other, sharing a machine's memory and caches, is what any two engines do.
 """
 
-import itertools
 import multiprocessing
 import queue
 import signal
@@ -15,12 +14,13 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from cache.hashing import BlockHash, TokenIds, as_token_ids, chain_hashes
+from cache.hashing import TokenIds, as_token_ids
+from serving.bench.turns import new_request
 from serving.engine.engine import Engine, EngineConfig
 from serving.engine.runner import ModelRunner
-from serving.engine.sequence import EngineRequest, Listener
+from serving.engine.sequence import Listener
 from serving.engine.step_log import StepRecord
-from serving.protocol import SamplingParams, TokenBatch
+from serving.protocol import TokenBatch
 
 BLOCK_SIZE = 32
 START_TIMEOUT_S = 120.0
@@ -93,7 +93,6 @@ class _Work:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._numbers = itertools.count()
         self._streams: list[str] = []
 
     def prefill(self, token_ids: TokenIds) -> None:
@@ -117,10 +116,6 @@ class _Work:
         return self._engine.steps.since(since)
 
     def _submit(self, token_ids: TokenIds, max_tokens: int, batches: "queue.Queue[TokenBatch]") -> str:
-        number = next(self._numbers)
-        root = BlockHash(number.to_bytes(16, "little"))  # of its own: nothing is reused
-        hashes = tuple(chain_hashes(root, token_ids, BLOCK_SIZE))
-        params = SamplingParams(max_tokens, temperature=0.0, ignore_eos=True)
-        request = EngineRequest(f"bare-{number}", token_ids, root, hashes, params, use_cache=False)
+        request = new_request(token_ids, BLOCK_SIZE, max_tokens)
         self._engine.submit(request, Listener(batches.put))
         return request.request_id

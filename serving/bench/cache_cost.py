@@ -91,10 +91,8 @@ def _open(runner: ModelRunner, tokenizer: Tokenizer, options: CacheCostOptions) 
     )
     with tempfile.TemporaryDirectory(prefix="tokenloft-bench-", dir=options.folder) as folder:
         store_config = NodeStoreConfig(Budgets(room, room, 0), DiskConfig(min_free_bytes=0))
-        with NodeStore(store_config, MemoryTier(), FileTier(Path(folder) / "warehouse")) as store:
-            engine = Engine(runner, config, tokenizer, lambda node_id: WarehouseClient(store))
-            engine.start()
-            try:
-                yield engine, store
-            finally:
-                engine.stop()
+        with (
+            NodeStore(store_config, MemoryTier(), FileTier(Path(folder) / "warehouse")) as store,
+            Engine(runner, config, tokenizer, lambda node_id: WarehouseClient(store)) as engine,
+        ):
+            yield engine, store

@@ -132,8 +132,7 @@ class EngineBench:
         self._peers = peers
         report = Report("engine")
         roofline = self._measure("roofline", lambda: Roofline.measure(self._options.num_threads))
-        self._engine.start()
-        try:
+        with self._engine:
             report.figures += [
                 Figure("gemm", roofline.gemm_flops_per_s / 1e9, "GFLOP/s"),
                 Figure("memory read", roofline.read_bytes_per_s / 1e9, "GB/s"),
@@ -147,8 +146,6 @@ class EngineBench:
                     f"decode of {num_sequences} sequences of {num_tokens} tokens",
                     lambda n=num_sequences, size=num_tokens: self._decode(n, size, roofline),
                 )
-        finally:
-            self._engine.stop()
         report.figures += self._measure("warm turns", self._warm_turns)
         report.figures += self._measure("CPU seconds with the cache and without reuse", self._cache_cost)
         report.seconds = time.perf_counter() - started

@@ -173,9 +173,8 @@ def _open_bench(options: RegretBenchOptions) -> Iterator[RegretBench]:
                 num_threads=options.num_threads,
                 load_plan=mode,
             )
-            engines[mode] = Engine(runner, config, tokenizer, lambda node_id: WarehouseClient(store, fetch=link.fetch))
-            engines[mode].start()
-            opened.callback(engines[mode].stop)
+            engine = Engine(runner, config, tokenizer, lambda node_id: WarehouseClient(store, fetch=link.fetch))
+            engines[mode] = opened.enter_context(engine)
         bench = RegretBench(engines, link, prefix, runner.vocab_size)
         bench.store_prefix()
         yield bench

@@ -44,21 +44,26 @@ def random_tokens(num_tokens: int, vocab_size: int, seed: int | None = None) -> 
     return rng.integers(10, vocab_size, num_tokens).astype(np.int32)
 
 
-def ask(engine: Engine, prompts: list[TokenIds], max_tokens: int, root_hash: BlockHash | None = None) -> Timing:
-    """Send all prompts at once and wait for all answers, which are greedy and exactly `max_tokens` long.
+def new_request(
+    prompt: TokenIds, block_size: int, max_tokens: int, root_hash: BlockHash | None = None
+) -> EngineRequest:
+    """A request for exactly `max_tokens` greedy tokens. Without a `root_hash` nothing is looked up and nothing kept."""
+    number = next(_numbers)
+    root = root_hash or BlockHash(number.to_bytes(16, "little"))
+    hashes = tuple(chain_hashes(root, prompt, block_size))
+    params = SamplingParams(max_tokens, temperature=0.0, ignore_eos=True)
+    return EngineRequest(f"bench-{number}", prompt, root, hashes, params, use_cache=root_hash is not None)
 
-    Without a `root_hash` nothing is looked up and nothing kept. Raises RuntimeError if a request fails.
+
+def ask(engine: Engine, prompts: list[TokenIds], max_tokens: int, root_hash: BlockHash | None = None) -> Timing:
+    """Send all prompts at once, each as a `new_request`, and wait for all answers.
+
+    Raises RuntimeError if a request fails.
     """
     events: queue.Queue[tuple[int, float, TokenBatch]] = queue.Queue()
-    params = SamplingParams(max_tokens, temperature=0.0, ignore_eos=True)
     started = time.perf_counter()
     for at, prompt in enumerate(prompts):
-        number = next(_numbers)
-        root = root_hash or BlockHash(number.to_bytes(16, "little"))
-        hashes = tuple(chain_hashes(root, prompt, engine.config.block_size))
-        use_cache = root_hash is not None
-        request = EngineRequest(f"bench-{number}", prompt, root, hashes, params, use_cache=use_cache)
-        engine.submit(request, _listener(at, events))
+        engine.submit(new_request(prompt, engine.config.block_size, max_tokens, root_hash), _listener(at, events))
     return _collect(len(prompts), events, started)
 
 

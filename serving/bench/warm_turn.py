@@ -8,8 +8,7 @@ bytes, or reading the same files with nothing done to them, runs in turn with bo
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,8 +130,7 @@ class WarmTurnBench:
         config = NodeStoreConfig(Budgets(dram_bytes, room, 0), DiskConfig(min_free_bytes=0))
         return NodeStore(config, MemoryTier(), FileTier(self._folder / "warehouse"))
 
-    @contextmanager
-    def _open_engine(self, store: NodeStore) -> Iterator[Engine]:
+    def _open_engine(self, store: NodeStore) -> Engine:
         options = self._options
         config = EngineConfig(
             "decode",
@@ -142,12 +140,7 @@ class WarmTurnBench:
             step_tokens=options.chunk_tokens,
             num_threads=options.num_threads,
         )
-        engine = Engine(self._runner, config, self._tokenizer, lambda node_id: WarehouseClient(store))
-        engine.start()
-        try:
-            yield engine
-        finally:
-            engine.stop()
+        return Engine(self._runner, config, self._tokenizer, lambda node_id: WarehouseClient(store))
 
 
 def _forget(engine: Engine, store: NodeStore) -> None:

@@ -9,7 +9,7 @@ another one at each position; the text goes on as it is written.
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -109,17 +109,13 @@ def _engines(
     most = max(options.num_sequences)
     num_blocks = most * -(-(options.prompt_tokens + _max_tokens(options)) // BLOCK_SIZE)
     engines: dict[Weights, Engine] = {}
-    try:
+    with ExitStack() as opened:
         for kind, runner in runners.items():
             config = EngineConfig(
                 "decode", kind, num_blocks, BLOCK_SIZE, step_tokens=256, max_running=most, num_threads=num_threads
             )
-            engines[kind] = Engine(runner, config, tokenizer)
-            engines[kind].start()
+            engines[kind] = opened.enter_context(Engine(runner, config, tokenizer))
         yield engines
-    finally:
-        for engine in engines.values():
-            engine.stop()
 
 
 def _timed_step(

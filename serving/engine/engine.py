@@ -140,6 +140,13 @@ class Engine:
     def __repr__(self) -> str:
         return f"<Engine {self.config.replica_id} {self._scheduler!r}>"
 
+    def __enter__(self) -> "Engine":
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
     @property
     def max_request_tokens(self) -> int:
         """Longest prompt and output together."""
