@@ -1,12 +1,11 @@
 """Attention of a packed step batch over the paged KV pool, in the place of transformers' own.
 
-Each sequence's softmax is taken in parts that need no mask and no copy, then merged by their log-sum-exp
-(as in flash-decoding; "Online normalizer calculation for softmax", arXiv 1805.02867):
+A chunk's softmax is taken in parts that need no mask and no copy, then merged by their log-sum-exp (as in
+flash-decoding; "Online normalizer calculation for softmax", arXiv 1805.02867):
 
-    a chunk       [ run of past slots ][ run ] ...   views of the pool, no mask
-                                              [ itself ]   its fresh keys and values, causal
-    one token     [ run of past slots ][ run with itself ]
-    many of them  [ pieces, in pairs of two sequences ][ tails ]   see `decode_plan`
+    a chunk        [ run of past slots ][ run ] ...   views of the pool, no mask
+                                               [ itself ]   its fresh keys and values, causal
+    single tokens  all of them at once, see `decode_plan`
 
 A group of query heads shares its keys and values as an expanded view. The new rows of every sequence are
 written to the pool first. Nothing here allocates or frees blocks.
@@ -16,10 +15,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.nn import functional
 from transformers import AttentionInterface
 
-from serving.engine.decode_plan import DecodePlan, Piece
+from serving.engine import kernels
+from serving.engine.decode_plan import DecodePlan
 from serving.engine.step_batch import Segment, StepBatch
 
 ATTENTION_NAME = "tokenloft"
@@ -30,9 +29,6 @@ Partial = tuple[torch.Tensor, torch.Tensor]
 
 Attend = Callable[..., Partial]
 """`(query, keys, values, is_causal, scale, mask)`: see `attend_plain`."""
-
-_ROWS_OF_A_GROUP = 4
-"""On a CPU a product of so many rows, or a multiple, takes less time than one of fewer."""
 
 
 def register() -> None:
@@ -80,11 +76,64 @@ def attend_step(
     pool_keys, pool_values = batch.kv[layer_idx].unbind(0)
     pool_keys.index_copy_(0, batch.slots, key)
     pool_values.index_copy_(0, batch.slots, value)
+    attend(batch, layer_idx, query, key, value, scale, out)
+
+
+def attend(
+    batch: StepBatch,
+    layer_idx: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """As `attend_step`, with the new rows in the pool already."""
+    if batch.segments:
+        _attend_chunks(batch, layer_idx, query, key, value, scale, out)
+    plan = batch.decode_plan
+    if plan is None:
+        return
+    if plan.rows is None:
+        _attend_singles(plan, batch.kv, layer_idx, query, scale, out)
+    else:
+        chosen = query.index_select(0, plan.rows)
+        attended = torch.empty_like(chosen)
+        _attend_singles(plan, batch.kv, layer_idx, chosen, scale, attended)
+        out.index_copy_(0, plan.rows, attended)
+
+
+def _attend_singles(
+    plan: DecodePlan, kv: torch.Tensor, layer_idx: int, query: torch.Tensor, scale: float, out: torch.Tensor
+) -> None:
+    """Attend for all tokens of a plan; `query` and `out`, which is contiguous, are `(B, H, D)`."""
+    if plan.pieces is not None:
+        kernels.attend_tokens(query.contiguous().numpy(), plan.pieces, kv.numpy(), layer_idx, scale, out.numpy())
+        return
+    assert plan.slots is not None
+    keys, values = (
+        pool.index_select(0, plan.slots.flatten()).view(*plan.slots.shape, *pool.shape[1:]).transpose(1, 2)
+        for pool in kv[layer_idx].unbind(0)
+    )
+    # All of a group's heads see the same keys, so they pass as rows of one query: keys are read once.
+    grouped = query.view(len(query), keys.shape[1], -1, query.shape[2])
+    attended, _ = attend_for(query.device)(grouped, keys, values, False, scale, plan.mask)
+    out.copy_(attended.flatten(1, 2))
+
+
+def _attend_chunks(
+    batch: StepBatch,
+    layer_idx: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
     num_tokens, num_kv_heads, head_dim = key.shape
-    grouped_query = query.view(num_tokens, num_kv_heads, -1, head_dim)
-    grouped_out = out.view(num_tokens, num_kv_heads, -1, head_dim)
-    layer = _LayerStep(
-        query=grouped_query.permute(1, 2, 0, 3),
+    pool_keys, pool_values = batch.kv[layer_idx].unbind(0)
+    layer = _LayerChunks(
+        query=query.view(num_tokens, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3),
         key=key.transpose(0, 1).unsqueeze(1),
         value=value.transpose(0, 1).unsqueeze(1),
         pool_keys=pool_keys,
@@ -92,17 +141,12 @@ def attend_step(
         scale=scale,
         attend=attend_for(query.device),
     )
+    grouped_out = out.view(num_tokens, num_kv_heads, -1, head_dim)
     for segment in batch.segments:
-        if segment.length == 1:
-            grouped_out[segment.start] = layer.one_token(segment)
-        else:
-            grouped_out[segment.start : segment.start + segment.length] = layer.chunk(segment)
-    if batch.decode_plan is not None:
-        plan = batch.decode_plan
-        grouped_out.index_copy_(0, plan.rows, layer.planned(plan, grouped_query.index_select(0, plan.rows)))
+        grouped_out[segment.start : segment.start + segment.length] = layer.chunk(segment)
 
 
-class _LayerStep:
+class _LayerChunks:
     """The tensors of one layer in one step, seen head group by head group."""
 
     def __init__(
@@ -125,12 +169,6 @@ class _LayerStep:
         self.scale = scale
         self.attend = attend
 
-    def one_token(self, segment: Segment) -> torch.Tensor:
-        """Output `(Hkv, groups, D)` of a single token."""
-        # All of a group's heads see the same keys, so they pass as rows of one query: keys are read once.
-        query = self.query[:, :, segment.start].unsqueeze(1)
-        return merge_partials(self._past(query, segment))[:, 0]
-
     def chunk(self, segment: Segment) -> torch.Tensor:
         """Output `(length, Hkv, groups, D)` of consecutive tokens."""
         fresh = slice(segment.start, segment.start + segment.length)
@@ -138,43 +176,6 @@ class _LayerStep:
         partials = self._past(query, segment)
         partials.append(self._attend(query, self.key[:, :, fresh], self.value[:, :, fresh], is_causal=True))
         return merge_partials(partials).permute(2, 0, 1, 3)
-
-    def planned(self, plan: DecodePlan, query: torch.Tensor) -> torch.Tensor:
-        """Output of all tokens of a plan, for their `query`; both `(B, Hkv, groups, D)`."""
-        groups = query.shape[2]
-        query = self._filled_groups(query)
-        partials = [self._tails(plan, query)]
-        piece_query = query.index_select(0, plan.piece_sequences)
-        for at, (first, second) in enumerate(plan.pairs):
-            keys, values = (self._pair(pool, first, second) for pool in (self.pool_keys, self.pool_values))
-            partials.append(self.attend(piece_query[2 * at : 2 * at + 2], keys, values, False, self.scale))
-        out = torch.cat([out for out, _ in partials])
-        if not plan.pairs:
-            return out[:, :, :groups]
-        lse = torch.cat([lse for _, lse in partials])[plan.partials] + plan.partials_mask
-        weights = lse.softmax(dim=1).unsqueeze(-1)
-        return (out[plan.partials] * weights).sum(dim=1)[:, :, :groups].to(query.dtype)
-
-    def _filled_groups(self, query: torch.Tensor) -> torch.Tensor:
-        missing = -query.shape[2] % _ROWS_OF_A_GROUP
-        return functional.pad(query, (0, 0, 0, missing)) if missing and query.device.type == "cpu" else query
-
-    def _tails(self, plan: DecodePlan, query: torch.Tensor) -> Partial:
-        shape = (*plan.tail_slots.shape, *self.pool_keys.shape[1:])
-        keys, values = (
-            pool.index_select(0, plan.tail_slots.flatten()).view(shape).transpose(1, 2)
-            for pool in (self.pool_keys, self.pool_values)
-        )
-        return self.attend(query, keys, values, False, self.scale, plan.tail_mask)
-
-    def _pair(self, pool: torch.Tensor, first: Piece, second: Piece) -> torch.Tensor:
-        """The rows of both pieces, `(2, Hkv, length, D)`, a view."""
-        slot_stride, head_stride, _ = pool.stride()
-        return pool.as_strided(
-            (2, pool.shape[1], first.length, pool.shape[2]),
-            ((second.first - first.first) * slot_stride, head_stride, slot_stride, 1),
-            pool.storage_offset() + first.first * slot_stride,
-        )
 
     def _past(self, query: torch.Tensor, segment: Segment) -> list[Partial]:
         if segment.gathered is not None:

@@ -4,10 +4,6 @@ Engines of one machine tell each other whether they work by a file each, locked 
 The lock of a process that dies is gone with it, so a dead engine rests. Asking costs microseconds and happens
 before each step.
 
-Only steps that compute prompts take more than the engine's own cores. Decoding would gain as well, alone: steps of 1
-and of 16 sequences took 0.7 times as long on two cores as on one. What that costs prefill when it begins again has not
-been measured.
-
 An engine gives cores back from one step to the next, and takes them only when their owner has rested for a while:
 two engines whose threads spin on the same cores are slower than either alone.
 """
@@ -125,12 +121,11 @@ class Cores:
     def __repr__(self) -> str:
         return f"<Cores {self.num_threads} threads, {self._num_own} of its own>"
 
-    def begin_step(self, *, is_decode: bool) -> None:
+    def begin_step(self) -> None:
         """Set the calling thread's number of threads, and tell the neighbours that this engine works."""
         num_threads = self._num_own
         if self._neighbours is not None:
             self._neighbours.work()
-        if self._neighbours is not None and not is_decode:
             num_threads = num_threads_for(self._num_own, self._num_cores, self._neighbours.rested_s())
         if num_threads != self.num_threads:
             self.num_threads = num_threads

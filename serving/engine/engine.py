@@ -321,7 +321,7 @@ class Engine:
         if self._reporter is not None:
             self._reporter.report(is_idle=not parts)
         if parts:
-            self._cores.begin_step(is_decode=all(part.num_tokens == 1 for part in parts))
+            self._cores.begin_step()
             self._step(parts)
         else:
             self._cores.rest()

@@ -8,6 +8,7 @@ joined, laid out for the machine (see `linear`), and the stock layers are droppe
 are never there twice. Modules that are not exactly as expected are left alone: the stock forward serves them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from serving.engine.attention import attend_step
+from serving.engine import kernels
+from serving.engine.attention import attend, attend_step
 from serving.engine.families import FUSED_MODULES
-from serving.engine.linear import Linear, Weights, make_linear, packed_rows
+from serving.engine.linear import Linear, Weights, make_linear
 from serving.engine.step_batch import StepBatch
 
 _ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -32,6 +34,7 @@ class RMSNorm:
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
         self._weight = weight
         self._eps = eps
+        self._array = weight.numpy() if is_native(weight) else None
         size = weight.shape[0]
         # For vectors of this size: the mean's square root is norm / sqrt(size), so the divisor becomes
         # hypot(norm, sqrt(size * eps)) / sqrt(size). Four operations in the place of the nine of torch's own.
@@ -39,6 +42,11 @@ class RMSNorm:
         self._least = torch.tensor((size * eps) ** 0.5, dtype=weight.dtype, device=weight.device)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` is `(n, size)` and contiguous."""
+        if self._array is not None:
+            out = torch.empty_like(x)
+            kernels.norm(x.numpy(), self._array, self._eps, out.numpy())
+            return out
         if x.dtype != torch.float32:  # a norm in half precision would be too coarse
             return functional.rms_norm(x, self._weight.shape, self._weight, self._eps)
         divisor = torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(self._least)
@@ -120,7 +128,8 @@ class FusedDecoder:
         self._head_dim: int = attention.head_dim
         self._num_heads: int = config.num_attention_heads
         self._num_kv_heads: int = config.num_key_value_heads
-        self._embed = decoder.embed_tokens
+        self.embed: Callable[[torch.Tensor], torch.Tensor] = decoder.embed_tokens
+        """Turns token ids `(T,)` into `(T, hidden_size)`."""
         self._rotary = decoder.rotary_emb
         for kept in (decoder.embed_tokens.weight, decoder.norm.weight):
             # What was loaded may be views of one mapped file, which would stay in memory for the sake of these.
@@ -130,7 +139,7 @@ class FusedDecoder:
         self._weights: Weights = weights
         with torch.inference_mode():
             self._layers = [self._take_layer(decoder.layers, at) for at in range(len(decoder.layers))]
-        self._is_packed = self._layers[0].qkv.is_packed
+        self._is_native = is_native(decoder.norm.weight)
 
     def _take_layer(self, layers: Any, at: int) -> _Layer:
         stock, layers[at] = layers[at], nn.Identity()
@@ -168,20 +177,21 @@ class FusedDecoder:
 
     def forward(self, batch: StepBatch) -> torch.Tensor:
         """Compute the batch's tokens into its pool; the last hidden states, normed, `(T, hidden_size)`."""
-        num_padding = packed_rows(batch.num_tokens) - batch.num_tokens if self._is_packed else 0
-        hidden: torch.Tensor = self._embed(_padded(batch.input_ids, num_padding)).to(self._dtype)
+        num_padding = self._layers[0].qkv.padded_rows(batch.num_tokens) - batch.num_tokens
+        hidden: torch.Tensor = self.embed(_padded(batch.input_ids, num_padding)).to(self._dtype)
         cos, sin = self._angles(hidden, _padded(batch.position_ids, num_padding))
         attended = hidden.new_zeros(hidden.shape[0], self._num_heads, self._head_dim)
         for layer_idx, layer in enumerate(self._layers):
             self._attend(layer, layer_idx, hidden, cos, sin, batch, attended)
             hidden = layer.out.add_to(hidden, attended.flatten(1))
-            hidden = layer.down.add_to(hidden, _gated(layer.gate_up(layer.before_mlp(hidden))))
+            hidden = layer.down.add_to(hidden, self._gated(layer.gate_up(layer.before_mlp(hidden))))
         return self._norm(hidden[: batch.num_tokens])
 
     def _angles(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines `(T, 1, head_dim)` and sines `(T, 1, head_dim / 2)`; both halves of a head turn by the same."""
+        """Cosines and sines `(T, 1, head_dim / 2)`; both halves of a head turn by the same."""
         cos, sin = self._rotary(hidden.unsqueeze(0), position_ids=position_ids.unsqueeze(0))
-        return cos[0].unsqueeze(1), sin[0, :, : self._head_dim // 2].unsqueeze(1)
+        half = self._head_dim // 2
+        return cos[0, :, None, :half].contiguous(), sin[0, :, None, :half].contiguous()
 
     def _attend(
         self,
@@ -194,35 +204,42 @@ class FusedDecoder:
         attended: torch.Tensor,
     ) -> None:
         num_tokens = batch.num_tokens
-        qkv = layer.qkv(layer.before_attention(hidden)).view(hidden.shape[0], -1, self._head_dim)
+        qkv = layer.qkv(layer.before_attention(hidden)).view(hidden.shape[0], -1, self._head_dim)[:num_tokens]
         num_rotated = self._num_heads + self._num_kv_heads
-        turned = qkv[:, :num_rotated]
         if layer.head_norm is not None:
-            turned = layer.head_norm(turned)
-        turned = rotate(turned, cos, sin)[:num_tokens]
-        attend_step(
-            batch,
-            layer_idx,
-            turned[:, : self._num_heads],
-            turned[:, self._num_heads :],
-            qkv[:num_tokens, num_rotated:],
-            layer.scale,
-            attended[:num_tokens],
-        )
+            qkv[:, :num_rotated] = layer.head_norm(qkv[:, :num_rotated])
+        heads = (qkv[:, : self._num_heads], qkv[:, self._num_heads : num_rotated], qkv[:, num_rotated:])
+        cos, sin, attended = cos[:num_tokens], sin[:num_tokens], attended[:num_tokens]
+        if self._is_native:
+            angles = cos[:, 0].numpy(), sin[:, 0].numpy()
+            kernels.store_rotated(
+                qkv.numpy(), self._num_heads, *angles, batch.slots.numpy(), batch.kv.numpy(), layer_idx
+            )
+            attend(batch, layer_idx, *heads, layer.scale, attended)
+        else:
+            rotate_(qkv[:, :num_rotated], cos, sin)
+            attend_step(batch, layer_idx, *heads, layer.scale, attended)
+
+    def _gated(self, gate_up: torch.Tensor) -> torch.Tensor:
+        if self._is_native:
+            out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+            kernels.gate(gate_up.numpy(), out.numpy())
+            return out
+        gate, up = gate_up.chunk(2, dim=-1)
+        return functional.silu(gate, inplace=True).mul_(up)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary positions (RoFormer, arXiv 2104.09864), halves paired: `x` `(T, H, D)`, `cos` `(T, 1, D)`, `sin` half."""
-    half = x.shape[-1] // 2
-    rotated = x * cos
-    rotated[..., :half].addcmul_(x[..., half:], sin, value=-1.0)
-    rotated[..., half:].addcmul_(x[..., :half], sin)
-    return rotated
+def is_native(weight: torch.Tensor) -> bool:
+    """Whether `kernels` computes what torch would with tensors like this."""
+    return kernels.available() and weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
-def _gated(gate_up: torch.Tensor) -> torch.Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return functional.silu(gate, inplace=True).mul_(up)
+def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Rotary positions (arXiv 2104.09864), halves paired, in place: `x` is `(T, H, D)`, the angles `(T, 1, D / 2)`."""
+    low, high = x.chunk(2, dim=-1)
+    turned = low * cos - high * sin
+    high.mul_(cos).add_(low * sin)
+    low.copy_(turned)
 
 
 def _padded(ids: torch.Tensor, num_padding: int) -> torch.Tensor:

@@ -4,22 +4,31 @@ On an x86 CPU in float32 the weights are reordered once into oneDNN's blocked la
 a few hundred columns is read at half the memory's bandwidth for one row, and repacked at every call for a few.
 Everywhere else they stay as they are. A packed matrix is a copy, so the caller drops the original.
 
+oneDNN itself takes 1.5 times as long for a few rows as reading the weights takes, so those are multiplied by a loop of
+our own where the layout turns out to be the one that it knows (see `kernels`).
+
 Smaller weights are read faster, which is what a step of few rows takes its time for. Residuals, biases and results stay
 float32 beside them; what is multiplied is rounded to bf16, and so is the product.
 """
 
+import ctypes
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch.nn import functional
 
-PACKED_MIN_ROWS = 4
-"""A packed product of fewer rows takes longer than one of four, so callers pad."""
+from serving.engine import kernels
 
+_MIN_ROWS = 4
+"""A product of oneDNN of fewer rows takes longer than one of four, so callers pad."""
 _FEW_ROWS = 32
 _ROWS_STEP = 16
+
+MAX_ROWS_OF_LOOP = 4
+"""Up to here our own loop takes no longer than oneDNN."""
 
 _PACKED_FOR_ROWS = 64
 """Rows that the layout is chosen for; it serves all others as well."""
@@ -51,9 +60,8 @@ class Linear(Protocol):
         """Memory that the weights take."""
         ...
 
-    @property
-    def is_packed(self) -> bool:
-        """They are in oneDNN's layout: callers pad to `packed_rows`."""
+    def padded_rows(self, num_rows: int) -> int:
+        """Rows that the caller fills up to, at least `num_rows`: fewer would take longer."""
         ...
 
 
@@ -61,7 +69,6 @@ class Linear(Protocol):
 class PlainLinear:
     """Weights `(out, in)` as they are, on any device and in any dtype."""
 
-    is_packed: ClassVar[bool] = False
     weight: torch.Tensor
     bias: torch.Tensor | None = None
 
@@ -72,6 +79,9 @@ class PlainLinear:
         total = torch.addmm(residual, x, self.weight.t())
         return total if self.bias is None else total.add_(self.bias)
 
+    def padded_rows(self, num_rows: int) -> int:
+        return num_rows
+
     @property
     def num_bytes(self) -> int:
         return _num_bytes(self.weight, self.bias)
@@ -80,21 +90,44 @@ class PlainLinear:
 class PackedLinear:
     """Weights in oneDNN's layout; the residual is added while the product is still in registers."""
 
-    is_packed: ClassVar[bool] = True
-
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         """Needs `can_pack(weight)`."""
         self._weight = _packed(weight)
+        self._size_out = weight.shape[0]
+        self._panels = panels_of(self._weight, weight) if kernels.available() else None
         self._bias = bias
         self._multiply: Any = torch.ops.mkldnn._linear_pointwise
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._panels is not None and x.shape[0] <= MAX_ROWS_OF_LOOP:
+            return self._multiply_few(self._panels, x)
         product: torch.Tensor = self._multiply.default(x, self._weight, self._bias, "none", [], "")
         return product
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        if self._panels is not None and x.shape[0] <= MAX_ROWS_OF_LOOP:
+            return self._multiply_few(self._panels, x).add_(residual)
         total: torch.Tensor = self._multiply.binary(x, residual, self._weight, self._bias, "add")
         return total
+
+    @property
+    def has_rows(self) -> bool:
+        return self._panels is not None
+
+    def take_rows(self, indices: torch.Tensor) -> torch.Tensor:
+        """Some of the weights' rows, `(n, in)` for `indices` `(n,)`. Needs `has_rows`."""
+        assert self._panels is not None
+        rows = torch.empty(len(indices), self._panels.shape[1])
+        kernels.take_rows(self._panels, indices.numpy(), rows.numpy())
+        return rows
+
+    def _multiply_few(self, panels: kernels.Floats, x: torch.Tensor) -> torch.Tensor:
+        out = x.new_empty(x.shape[0], self._size_out)
+        kernels.multiply_few(panels, x.contiguous().numpy(), out.numpy())
+        return out if self._bias is None else out.add_(self._bias)
+
+    def padded_rows(self, num_rows: int) -> int:
+        return num_rows if self._panels is not None and num_rows <= MAX_ROWS_OF_LOOP else packed_rows(num_rows)
 
     @property
     def num_bytes(self) -> int:
@@ -124,15 +157,18 @@ class Bf16Linear(_RoundedLinear):
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self._bias = bias
-        self.is_packed: bool = can_pack(weight) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        self._weight = _packed(weight.bfloat16()) if self.is_packed else weight.bfloat16()
+        self._is_packed: bool = can_pack(weight) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        self._weight = _packed(weight.bfloat16()) if self._is_packed else weight.bfloat16()
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.bfloat16()
-        if not self.is_packed:
+        if not self._is_packed:
             return functional.linear(rows, self._weight)
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, self._weight, None, "none", [], "")
         return product
+
+    def padded_rows(self, num_rows: int) -> int:
+        return packed_rows(num_rows) if self._is_packed else num_rows
 
     @property
     def num_bytes(self) -> int:
@@ -144,8 +180,6 @@ class Int4Linear(_RoundedLinear):
 
     A level is the nearest to the weight, and the levels of a group reach from its least weight to its greatest.
     """
-
-    is_packed: ClassVar[bool] = False
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         """Needs `weight.shape[1]` to be a multiple of `INT4_GROUP`, on a CPU."""
@@ -162,6 +196,9 @@ class Int4Linear(_RoundedLinear):
         multiply: Any = torch._weight_int4pack_mm_for_cpu
         product: torch.Tensor = multiply(rows, self._packed, INT4_GROUP, self._scales_and_zeros)
         return product[:, : self._size_out]
+
+    def padded_rows(self, num_rows: int) -> int:
+        return num_rows
 
     @property
     def num_bytes(self) -> int:
@@ -185,12 +222,32 @@ def _packed(weight: torch.Tensor) -> torch.Tensor:
     return packed
 
 
+def panels_of(packed: torch.Tensor, weight: torch.Tensor) -> kernels.Floats | None:
+    """The memory of packed weights `(out, in)` as `kernels` reads it, `(out / LANES, in, LANES)`, while these live.
+
+    None if oneDNN has laid them out in another way.
+    """
+    size_out, size_in = weight.shape
+    num_panels = -(-size_out // kernels.LANES)
+    shape = (num_panels, size_in, kernels.LANES)
+    if torch.ops.mkldnn._nbytes(packed) != num_panels * size_in * kernels.LANES * weight.element_size():
+        return None
+    address: int = torch.ops.mkldnn.data_ptr(packed)
+    memory = ctypes.cast(address, ctypes.POINTER(ctypes.c_float))
+    panels: kernels.Floats = np.ctypeslib.as_array(memory, shape)
+    rows = panels.transpose(0, 2, 1).reshape(-1, size_in)[:size_out]
+    return panels if np.array_equal(rows, weight.detach().numpy()) else None
+
+
 def _num_bytes(*tensors: torch.Tensor | None) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
 class TiedHead:
-    """An output head that shares the embedding's rows, which have to stay as they are."""
+    """An output head that shares the embedding's rows, which have to stay as they are.
+
+    Where packed weights give their rows, one packed matrix serves both.
+    """
 
     def __init__(self, weight: torch.Tensor) -> None:
         self._weight = weight
@@ -213,7 +270,7 @@ def packed_rows(num_rows: int) -> int:
 
     oneDNN makes and keeps code for each number of rows, up to 1,024 products: about 250 MB for batches of every size.
     """
-    step = PACKED_MIN_ROWS if num_rows <= _FEW_ROWS else _ROWS_STEP
+    step = _MIN_ROWS if num_rows <= _FEW_ROWS else _ROWS_STEP
     return -(-num_rows // step) * step
 
 

@@ -17,11 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from cache.fingerprint import Fingerprint
-from serving.engine import attention
+from serving.engine import attention, kernels
 from serving.engine.families import UnsupportedModelError, check_model_type
 from serving.engine.fused import FusedDecoder, can_fuse
 from serving.engine.kv_pool import KV_DTYPES, KVLayout
-from serving.engine.linear import INT4_GROUP, Linear, TiedHead, Weights, make_linear
+from serving.engine.linear import INT4_GROUP, Linear, PackedLinear, TiedHead, Weights, can_pack, make_linear
 from serving.engine.step_batch import StepBatch
 
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -86,7 +86,7 @@ class ModelRunner:
         smaller: Weights = "float32" if self.numerics == dtype else weights
         self._fused = self._fuse(smaller)
         # Four bits are too few for the head: alone it changes five times as many greedy tokens as all else in bf16.
-        self._lm_head = _take_head(model, "bf16" if smaller == "int4" else smaller)
+        self._lm_head = self._take_head(model, "bf16" if smaller == "int4" else smaller)
         if smaller != "float32":
             self._decoder.embed_tokens.bfloat16()
         self._num_embedding_bytes = _num_embedding_bytes(self._decoder)
@@ -104,6 +104,22 @@ class ModelRunner:
             kind = f"{self._config.model_type} with {self._config.hidden_act}"
             raise UnsupportedModelError(f"this {kind} runs on stock modules, whose weights can't be {weights}")
         return None
+
+    def _take_head(self, model: Any, weights: Weights) -> TiedHead | Linear:
+        """The product with the output head, which may be the embedding too."""
+        head = model.get_output_embeddings()
+        is_tied = head.weight is model.get_input_embeddings().weight and head.bias is None
+        with torch.inference_mode():
+            if not is_tied or weights != "float32":
+                taken = make_linear(head.weight.detach(), head.bias, weights)
+            elif self._fused is not None and can_pack(head.weight) and (packed := PackedLinear(head.weight)).has_rows:
+                self._fused.embed = packed.take_rows
+                self._decoder.embed_tokens = None
+                taken = packed
+            else:
+                return TiedHead(head.weight.detach())
+        model.set_output_embeddings(None)
+        return taken
 
     @property
     def max_model_len(self) -> int:
@@ -181,6 +197,7 @@ def set_num_threads(num_threads: int) -> None:
     # OpenMP counts per thread. But a thread that has not asked yet takes, at its first operation, the number that
     # any thread has set last: so it asks now.
     torch.get_num_threads()
+    kernels.set_num_threads(num_threads)
     torch.set_num_threads(num_threads)
 
 
@@ -258,18 +275,9 @@ def quiet_loading() -> Iterator[None]:
         transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def _take_head(model: Any, weights: Weights) -> TiedHead | Linear:
-    """The product with the output head. Float32 weights stay what the embedding looks up if they are tied."""
-    head = model.get_output_embeddings()
-    if weights == "float32" and head.weight is model.get_input_embeddings().weight and head.bias is None:
-        return TiedHead(head.weight.detach())
-    with torch.inference_mode():
-        taken = make_linear(head.weight.detach(), head.bias, weights)
-    model.set_output_embeddings(None)
-    return taken
-
-
 def _num_embedding_bytes(decoder: Any) -> int:
+    if decoder.embed_tokens is None:  # its rows are the head's
+        return 0
     table: torch.Tensor = decoder.embed_tokens.weight
     return table.numel() * table.element_size()
 

@@ -1,8 +1,8 @@
 """One forward pass over tokens of several sequences, packed one after the other without padding.
 
-    parts      A: 3 tokens at position 40      B: 1 token at 7      C: 2 tokens at 0
-    packed     a40 a41 a42                     b7                   c0 c1
-    segments   (0, 3, runs of A[0:40])         (3, 1, runs of B[0:8])   (4, 2, no runs)
+    parts      A: 3 tokens at position 40      B: 1 token at 7           C: 2 tokens at 0
+    packed     a40 a41 a42                     b7                        c0 c1
+               segment (0, 3, runs of A[0:40]) planned (3, runs of B[0:8])   segment (4, 2, no runs)
 
 A step batch is only a description: it holds the tensors that the forward pass needs and never changes a block.
 """
@@ -20,9 +20,6 @@ from serving.engine.kv_pool import KVPool
 MAX_VIEWED_RUNS = 8
 """A sequence in more runs than this is gathered instead: each run costs a call and a merge per layer."""
 
-MIN_PLANNED_TOKENS = 512
-"""A single token that decodes alone is planned (see `decode_plan`) from so many keys on; several always are."""
-
 
 @dataclass(frozen=True, slots=True)
 class SequencePart:
@@ -39,12 +36,12 @@ class SequencePart:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """One part's place in the packed batch, and what it attends to besides itself."""
+    """A chunk's place in the packed batch, and what it attends to besides itself."""
 
     start: int
     length: int
     runs: tuple[SlotRun, ...]
-    """Slots to attend to without a mask: the tokens before a chunk; for a single token, those and itself."""
+    """Slots of the tokens before the chunk: attended to without a mask."""
     gathered: torch.Tensor | None = None
     """The slots of `runs` one by one, int64, if they are too many to be viewed."""
 
@@ -60,9 +57,9 @@ class StepBatch:
     slots: torch.Tensor
     """`(T,)` int64, the slot that takes each token's KV."""
     segments: tuple[Segment, ...]
-    """What is attended to one by one."""
+    """Chunks of two tokens or more."""
     decode_plan: DecodePlan | None
-    """All the rest: single tokens, attended to together."""
+    """All the rest: single tokens."""
     kv: torch.Tensor
     """The pool's tensor."""
     logits_indices: torch.Tensor
@@ -94,6 +91,7 @@ def build_step_batch(pool: KVPool, parts: Sequence[SequencePart]) -> StepBatch:
     device = pool.device
     block_size = pool.layout.block_size
     segments: list[Segment] = []
+    singles: dict[int, tuple[SlotRun, ...]] = {}
     positions: list[npt.NDArray[np.int64]] = []
     slots: list[npt.NDArray[np.int64]] = []
     logits_indices: list[int] = []
@@ -102,7 +100,10 @@ def build_step_batch(pool: KVPool, parts: Sequence[SequencePart]) -> StepBatch:
         length = len(part.token_ids)
         if length == 0:
             raise ValueError(f"a part at position {part.position} has no tokens")
-        segments.append(_segment(part, start, block_size, device))
+        if length == 1:
+            singles[start] = slot_runs(part.block_table, block_size, part.position + 1)
+        else:
+            segments.append(_segment(part, start, block_size, device))
         position = np.arange(part.position, part.position + length, dtype=np.int64)
         positions.append(position)
         slots.append(_slots(part.block_table, position, block_size))
@@ -110,33 +111,20 @@ def build_step_batch(pool: KVPool, parts: Sequence[SequencePart]) -> StepBatch:
         if part.wants_logits:
             logits_indices.append(start - 1)
     token_ids = [np.asarray(part.token_ids, dtype=np.int64) for part in parts]
-    planned = _planned(segments)
-    plan = None
-    if planned:
-        plan = plan_decode([s.start for s in planned], [s.runs for s in planned], pool.kv.dtype, device)
     return StepBatch(
         input_ids=_to_device(token_ids, device),
         position_ids=_to_device(positions, device),
         slots=_to_device(slots, device),
-        segments=tuple(segment for segment in segments if not any(segment is other for other in planned)),
-        decode_plan=plan,
+        segments=tuple(segments),
+        decode_plan=plan_decode(list(singles), list(singles.values()), start, pool.kv) if singles else None,
         kv=pool.kv,
         logits_indices=torch.tensor(logits_indices, dtype=torch.int64, device=device),
     )
 
 
-def _planned(segments: Sequence[Segment]) -> list[Segment]:
-    """The single tokens that are better attended to together."""
-    singles = [segment for segment in segments if segment.length == 1 and segment.gathered is None]
-    if len(singles) == 1 and sum(last - first for first, last in singles[0].runs) < MIN_PLANNED_TOKENS:
-        return []
-    return singles
-
-
 def _segment(part: SequencePart, start: int, block_size: int, device: torch.device) -> Segment:
     length = len(part.token_ids)
-    num_visible = part.position + 1 if length == 1 else part.position
-    runs = slot_runs(part.block_table, block_size, num_visible)
+    runs = slot_runs(part.block_table, block_size, part.position)
     if len(runs) <= MAX_VIEWED_RUNS:
         return Segment(start, length, runs)
     gathered = _to_device([np.arange(first, last, dtype=np.int64) for first, last in runs], device)

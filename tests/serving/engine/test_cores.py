@@ -113,24 +113,21 @@ def test_threads_follow_the_neighbours(tmp_path: Path) -> None:
     clock, applied = Clock(), list[int]()
     with two_neighbours(tmp_path / "cores", clock) as (mine, other):
         cores = Cores(1, 2, mine, applied.append)
-        cores.begin_step(is_decode=False)
-        cores.begin_step(is_decode=False)
+        cores.begin_step()
+        cores.begin_step()
         assert applied == [2], "the other one rests"
         other.work()
-        cores.begin_step(is_decode=False)
+        cores.begin_step()
         assert applied == [2, 1], "given back at the next step"
         other.rest()
-        cores.begin_step(is_decode=False)
+        cores.begin_step()
         clock.now += PATIENCE_S / 2
-        cores.begin_step(is_decode=False)
+        cores.begin_step()
         assert applied == [2, 1], "it may go on at once"
         clock.now += PATIENCE_S
-        cores.begin_step(is_decode=False)
+        cores.begin_step()
         assert applied == [2, 1, 2]
         assert other.rested_s() == [0.0], "this one works"
-        cores.begin_step(is_decode=True)
-        assert applied == [2, 1, 2, 1], "decoding gains nothing from more"
-        assert other.rested_s() == [0.0], "this one works all the same"
         cores.rest()
         clock.now += LONG_S
         assert other.rested_s() == pytest.approx([LONG_S], abs=1e-3)
@@ -139,9 +136,9 @@ def test_threads_follow_the_neighbours(tmp_path: Path) -> None:
 def test_without_neighbours_the_own_threads_are_all() -> None:
     applied = list[int]()
     cores = Cores(3, apply=applied.append)
-    cores.begin_step(is_decode=False)
+    cores.begin_step()
     cores.rest()
-    cores.begin_step(is_decode=False)
+    cores.begin_step()
     cores.close()
     assert applied == [3]
     assert repr(cores) == "<Cores 3 threads, 3 of its own>"
