@@ -12,14 +12,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
 from serving.engine import kernels
 from serving.engine.attention import attend, attend_step
+from serving.engine.decode_plan import DecodePlan
 from serving.engine.families import FUSED_MODULES
-from serving.engine.linear import Linear, Weights, make_linear
+from serving.engine.linear import MAX_ROWS_OF_LOOP, Linear, PackedLinear, Weights, make_linear
 from serving.engine.step_batch import StepBatch
 
 _ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -33,8 +35,9 @@ class RMSNorm:
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
         self._weight = weight
-        self._eps = eps
-        self._array = weight.numpy() if is_native(weight) else None
+        self.eps = eps
+        self.array = weight.numpy() if is_native(weight) else None
+        """The weight as `kernels` takes it, if it can."""
         size = weight.shape[0]
         # For vectors of this size: the mean's square root is norm / sqrt(size), so the divisor becomes
         # hypot(norm, sqrt(size * eps)) / sqrt(size). Four operations in the place of the nine of torch's own.
@@ -43,12 +46,12 @@ class RMSNorm:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """`x` is `(n, size)` and contiguous."""
-        if self._array is not None:
+        if self.array is not None:
             out = torch.empty_like(x)
-            kernels.norm(x.numpy(), self._array, self._eps, out.numpy())
+            kernels.norm(x.numpy(), self.array, self.eps, out.numpy())
             return out
         if x.dtype != torch.float32:  # a norm in half precision would be too coarse
-            return functional.rms_norm(x, self._weight.shape, self._weight, self._eps)
+            return functional.rms_norm(x, self._weight.shape, self._weight, self.eps)
         divisor = torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(self._least)
         return torch.div(x, divisor).mul_(self._scaled_weight)
 
@@ -75,6 +78,23 @@ class _Layer:
     gate_up: Linear
     down: Linear
     scale: float
+
+    @property
+    def linears(self) -> tuple[Linear, Linear, Linear, Linear]:
+        return self.qkv, self.out, self.gate_up, self.down
+
+    def arrays(self) -> tuple[Any, ...] | None:
+        """The weights as `kernels.decode_layer` takes them, if it can."""
+        norms = self.before_attention, self.before_mlp
+        if self.head_norm is not None or any(norm.array is None for norm in norms):
+            return None
+        parts: list[Any] = []
+        for linear in self.linears:
+            if not isinstance(linear, PackedLinear) or linear.panels is None:
+                return None
+            parts += [linear.panels, linear.bias.numpy() if linear.bias is not None else np.empty(0, np.float32)]
+        first, second = ((norm.array, norm.eps) for norm in norms)
+        return (*first, *parts[:4], *second, *parts[4:], self.scale)
 
 
 def can_fuse(decoder: nn.Module, config: Any) -> bool:
@@ -140,6 +160,8 @@ class FusedDecoder:
         with torch.inference_mode():
             self._layers = [self._take_layer(decoder.layers, at) for at in range(len(decoder.layers))]
         self._is_native = is_native(decoder.norm.weight)
+        arrays = [taken for layer in self._layers if (taken := layer.arrays()) is not None]
+        self._arrays = arrays if len(arrays) == len(self._layers) else None
 
     def _take_layer(self, layers: Any, at: int) -> _Layer:
         stock, layers[at] = layers[at], nn.Identity()
@@ -171,21 +193,41 @@ class FusedDecoder:
     @property
     def num_bytes(self) -> int:
         """Memory that the weights of the layers' products take."""
-        return sum(
-            linear.num_bytes for layer in self._layers for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)
-        )
+        return sum(linear.num_bytes for layer in self._layers for linear in layer.linears)
 
     def forward(self, batch: StepBatch) -> torch.Tensor:
         """Compute the batch's tokens into its pool; the last hidden states, normed, `(T, hidden_size)`."""
         num_padding = self._layers[0].qkv.padded_rows(batch.num_tokens) - batch.num_tokens
         hidden: torch.Tensor = self.embed(_padded(batch.input_ids, num_padding)).to(self._dtype)
         cos, sin = self._angles(hidden, _padded(batch.position_ids, num_padding))
+        plan = batch.decode_plan
+        if self._arrays is not None and plan is not None and plan.rows is None and len(hidden) <= MAX_ROWS_OF_LOOP:
+            self._decode_few(batch, plan, hidden, cos, sin)
+            return self._norm(hidden)
         attended = hidden.new_zeros(hidden.shape[0], self._num_heads, self._head_dim)
         for layer_idx, layer in enumerate(self._layers):
             self._attend(layer, layer_idx, hidden, cos, sin, batch, attended)
             hidden = layer.out.add_to(hidden, attended.flatten(1))
             hidden = layer.down.add_to(hidden, self._gated(layer.gate_up(layer.before_mlp(hidden))))
         return self._norm(hidden[: batch.num_tokens])
+
+    def _decode_few(
+        self, batch: StepBatch, plan: DecodePlan, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> None:
+        """All layers for a few single tokens, in place: as many calls as layers, as each costs a part of its work."""
+        assert self._arrays is not None
+        before = hidden.numpy()
+        after = (
+            self._num_heads,
+            cos[:, 0].numpy(),
+            sin[:, 0].numpy(),
+            batch.slots.numpy(),
+            plan.pieces,
+            batch.kv.numpy(),
+        )
+        decode_layer: Any = kernels.decode_layer
+        for layer_idx, weights in enumerate(self._arrays):
+            decode_layer(before, *weights, *after, layer_idx)
 
     def _angles(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines `(T, 1, head_dim / 2)`; both halves of a head turn by the same."""

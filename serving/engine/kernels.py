@@ -4,6 +4,7 @@
     attend_tokens    single tokens over the paged pool: every key and value is read once, where it lies
     multiply_few     a few rows times packed weights: as fast as the weights can be read
     norm, gate       what torch does in several passes
+    decode_layer     all of it: a whole layer for a few single tokens in one call
 
 All arrays are C-contiguous float32 unless said otherwise, and nothing is checked: callers know the shapes. The loops
 run on the threads that torch's own operations use, as both are OpenMP's of one library; where numba has none of
@@ -21,6 +22,7 @@ from typing import Any, TypeVar, cast
 import numba
 import numpy as np
 import numpy.typing as npt
+import torch
 from llvmlite import ir
 from numba import njit, prange, types
 from numba.extending import intrinsic
@@ -57,11 +59,14 @@ def available() -> bool:
     except ImportError:
         return False
     _settings.THREADING_LAYER = "omp"
+    num_threads = torch.get_num_threads()
+    numba.get_num_threads()  # starts its side of OpenMP, which sets this number for the calling thread
+    torch.set_num_threads(num_threads)
     return True
 
 
 def set_num_threads(num_threads: int) -> None:
-    """Threads of the calling thread's loops. Sets OpenMP's number as well: torch's is to be set afterwards."""
+    """Threads of the calling thread's loops."""
     if available():
         numba.set_num_threads(min(num_threads, _settings.NUMBA_NUM_THREADS))
 
@@ -270,3 +275,65 @@ def gate(gate_up: Floats, out: Floats) -> None:
         for at in range(size):
             x = gate_up[row, at]
             out[row, at] = x / (np.float32(1) + exp(-x)) * gate_up[row, size + at]
+
+
+@_compiled()
+def _project(panels: Floats, bias: Floats, x: Floats, size_out: int) -> Floats:
+    """`x` times weights, plus their bias unless that is empty."""
+    out = np.empty((x.shape[0], size_out), np.float32)
+    multiply_few(panels, x, out)
+    if bias.shape[0]:
+        out += bias
+    return out
+
+
+@_compiled()
+def _normed(x: Floats, weight: Floats, eps: float) -> Floats:
+    out = np.empty_like(x)
+    norm(x, weight, eps, out)
+    return out
+
+
+@_compiled()
+def decode_layer(
+    hidden: Floats,
+    attention_norm: Floats,
+    attention_eps: float,
+    qkv: Floats,
+    qkv_bias: Floats,
+    out: Floats,
+    out_bias: Floats,
+    mlp_norm: Floats,
+    mlp_eps: float,
+    gate_up: Floats,
+    gate_up_bias: Floats,
+    down: Floats,
+    down_bias: Floats,
+    scale: float,
+    num_heads: int,
+    cos: Floats,
+    sin: Floats,
+    slots: Ints,
+    pieces: Ints,
+    kv: Floats,
+    layer: int,
+) -> None:
+    """One layer of a decoder for `hidden` `(B, size)`, in place.
+
+    Its weights are panels (see `multiply_few`), its biases empty where there are none; the rest is as in
+    `store_rotated` and `attend_tokens`.
+    """
+    num_tokens, size = hidden.shape
+    num_kv_heads, head_dim = kv.shape[3], kv.shape[4]
+    num_all = num_heads + 2 * num_kv_heads
+    projected = _project(qkv, qkv_bias, _normed(hidden, attention_norm, attention_eps), num_all * head_dim)
+    heads = projected.reshape(num_tokens, num_all, head_dim)
+    store_rotated(heads, num_heads, cos, sin, slots, kv, layer)
+    attended = np.empty((num_tokens, num_heads, head_dim), np.float32)
+    attend_tokens(np.ascontiguousarray(heads[:, :num_heads]), pieces, kv, layer, scale, attended)
+    hidden += _project(out, out_bias, attended.reshape(num_tokens, num_heads * head_dim), size)
+    num_inner = down.shape[1]
+    both = _project(gate_up, gate_up_bias, _normed(hidden, mlp_norm, mlp_eps), 2 * num_inner)
+    gated = np.empty((num_tokens, num_inner), np.float32)
+    gate(both, gated)
+    hidden += _project(down, down_bias, gated, size)

@@ -94,44 +94,41 @@ class PackedLinear:
         """Needs `can_pack(weight)`."""
         self._weight = _packed(weight)
         self._size_out = weight.shape[0]
-        self._panels = panels_of(self._weight, weight) if kernels.available() else None
-        self._bias = bias
+        self.panels = panels_of(self._weight, weight) if kernels.available() else None
+        """The packed weights as `kernels` reads them, if it can."""
+        self.bias = bias
         self._multiply: Any = torch.ops.mkldnn._linear_pointwise
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self._panels is not None and x.shape[0] <= MAX_ROWS_OF_LOOP:
-            return self._multiply_few(self._panels, x)
-        product: torch.Tensor = self._multiply.default(x, self._weight, self._bias, "none", [], "")
+        if self.panels is not None and x.shape[0] <= MAX_ROWS_OF_LOOP:
+            return self._multiply_few(self.panels, x)
+        product: torch.Tensor = self._multiply.default(x, self._weight, self.bias, "none", [], "")
         return product
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        if self._panels is not None and x.shape[0] <= MAX_ROWS_OF_LOOP:
-            return self._multiply_few(self._panels, x).add_(residual)
-        total: torch.Tensor = self._multiply.binary(x, residual, self._weight, self._bias, "add")
+        if self.panels is not None and x.shape[0] <= MAX_ROWS_OF_LOOP:
+            return self._multiply_few(self.panels, x).add_(residual)
+        total: torch.Tensor = self._multiply.binary(x, residual, self._weight, self.bias, "add")
         return total
 
-    @property
-    def has_rows(self) -> bool:
-        return self._panels is not None
-
     def take_rows(self, indices: torch.Tensor) -> torch.Tensor:
-        """Some of the weights' rows, `(n, in)` for `indices` `(n,)`. Needs `has_rows`."""
-        assert self._panels is not None
-        rows = torch.empty(len(indices), self._panels.shape[1])
-        kernels.take_rows(self._panels, indices.numpy(), rows.numpy())
+        """Some of the weights' rows, `(n, in)` for `indices` `(n,)`. Needs `panels`."""
+        assert self.panels is not None
+        rows = torch.empty(len(indices), self.panels.shape[1])
+        kernels.take_rows(self.panels, indices.numpy(), rows.numpy())
         return rows
 
     def _multiply_few(self, panels: kernels.Floats, x: torch.Tensor) -> torch.Tensor:
         out = x.new_empty(x.shape[0], self._size_out)
         kernels.multiply_few(panels, x.contiguous().numpy(), out.numpy())
-        return out if self._bias is None else out.add_(self._bias)
+        return out if self.bias is None else out.add_(self.bias)
 
     def padded_rows(self, num_rows: int) -> int:
-        return num_rows if self._panels is not None and num_rows <= MAX_ROWS_OF_LOOP else packed_rows(num_rows)
+        return num_rows if self.panels is not None and num_rows <= MAX_ROWS_OF_LOOP else packed_rows(num_rows)
 
     @property
     def num_bytes(self) -> int:
-        return _num_bytes(self._weight, self._bias)
+        return _num_bytes(self._weight, self.bias)
 
 
 class _RoundedLinear(ABC):

@@ -20,9 +20,18 @@ from cache.fingerprint import Fingerprint
 from serving.engine import attention, kernels
 from serving.engine.families import UnsupportedModelError, check_model_type
 from serving.engine.fused import FusedDecoder, can_fuse
-from serving.engine.kv_pool import KV_DTYPES, KVLayout
-from serving.engine.linear import INT4_GROUP, Linear, PackedLinear, TiedHead, Weights, can_pack, make_linear
-from serving.engine.step_batch import StepBatch
+from serving.engine.kv_pool import KV_DTYPES, KVLayout, KVPool
+from serving.engine.linear import (
+    INT4_GROUP,
+    MAX_ROWS_OF_LOOP,
+    Linear,
+    PackedLinear,
+    TiedHead,
+    Weights,
+    can_pack,
+    make_linear,
+)
+from serving.engine.step_batch import SequencePart, StepBatch, build_step_batch
 
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 """Rope types whose angles change with the length of the batch: their KV cannot be reused."""
@@ -93,6 +102,7 @@ class ModelRunner:
         self.eos_token_ids: frozenset[int] = _token_ids(model.generation_config.eos_token_id) | _token_ids(
             self._config.eos_token_id
         )
+        self._warm_up()
 
     def __repr__(self) -> str:
         return f"<ModelRunner {self._config.model_type} {self.numerics} on {self.device}>"
@@ -112,7 +122,11 @@ class ModelRunner:
         with torch.inference_mode():
             if not is_tied or weights != "float32":
                 taken = make_linear(head.weight.detach(), head.bias, weights)
-            elif self._fused is not None and can_pack(head.weight) and (packed := PackedLinear(head.weight)).has_rows:
+            elif (
+                self._fused is not None
+                and can_pack(head.weight)
+                and (packed := PackedLinear(head.weight)).panels is not None
+            ):
                 self._fused.embed = packed.take_rows
                 self._decoder.embed_tokens = None
                 taken = packed
@@ -120,6 +134,12 @@ class ModelRunner:
                 return TiedHead(head.weight.detach())
         model.set_output_embeddings(None)
         return taken
+
+    def _warm_up(self) -> None:
+        """Have what compiles at its first call do so now: one token, several, and a chunk."""
+        pool = KVPool(self.layout(block_size=2), 1, self.device)
+        for num_parts, num_tokens in ((1, 1), (MAX_ROWS_OF_LOOP + 1, 1), (1, 2)):
+            self.forward(build_step_batch(pool, [SequencePart([0] * num_tokens, 0, [0])] * num_parts))
 
     @property
     def max_model_len(self) -> int:

@@ -1,11 +1,12 @@
-"""Every slot is attended to exactly once, whatever the lengths and fragmentations."""
+"""Every slot is attended to exactly once, whatever the lengths and fragmentations, on the CPU and elsewhere."""
 
-import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.engine.decode_plan import PIECE_UNIT, DecodePlan, Piece, SlotRun, pair_up, plan_decode
+from serving.engine import kernels
+from serving.engine.decode_plan import MAX_PIECE_SLOTS, DecodePlan, SlotRun, plan_decode
 
 
 @st.composite
@@ -22,57 +23,43 @@ def sequences_of_runs(draw: st.DrawFn) -> list[list[SlotRun]]:
     return runs
 
 
-def plan(runs: list[list[SlotRun]]) -> DecodePlan:
-    return plan_decode(range(5, 5 + len(runs)), runs, torch.float32, torch.device("cpu"))
+def plan(runs: list[list[SlotRun]], dtype: torch.dtype = torch.float32, num_others: int = 5) -> DecodePlan:
+    rows = range(num_others, num_others + len(runs))
+    return plan_decode(rows, runs, num_others + len(runs), torch.empty(0, dtype=dtype))
 
 
-def attended_slots(planned: DecodePlan, sequence: int) -> list[int]:
-    """The slots behind the partial results that are merged for a sequence."""
-    pieces = [piece for pair in planned.pairs for piece in pair]
-    num_sequences = len(planned.rows)
-    slots: list[int] = []
-    is_real = planned.partials_mask[sequence].flatten() == 0
-    for number in planned.partials[sequence][is_real].tolist():
-        if number < num_sequences:
-            assert number == sequence
-            slots += planned.tail_slots[sequence][planned.tail_mask[sequence].flatten() == 0].tolist()
-        else:
-            piece = pieces[number - num_sequences]
-            assert piece.sequence == sequence == int(planned.piece_sequences[number - num_sequences])
-            slots += range(piece.first, piece.first + piece.length)
-    return slots
+def slots_of(own: list[SlotRun]) -> list[int]:
+    return [slot for first, last in own for slot in range(first, last)]
+
+
+@pytest.mark.skipif(not kernels.available(), reason="everything is gathered here")
+@given(runs=sequences_of_runs())
+def test_pieces_cover_all_slots_once(runs: list[list[SlotRun]]) -> None:
+    planned = plan(runs)
+    assert planned.slots is None
+    assert planned.pieces is not None
+    assert planned.pieces[:, 0].tolist() == sorted(planned.pieces[:, 0].tolist())
+    for sequence, own in enumerate(runs):
+        pieces = planned.pieces[planned.pieces[:, 0] == sequence].tolist()
+        assert all(0 < count <= MAX_PIECE_SLOTS for _, _, count in pieces)
+        assert [slot for _, first, count in pieces for slot in range(first, first + count)] == slots_of(own)
 
 
 @given(runs=sequences_of_runs())
-def test_all_slots_once(runs: list[list[SlotRun]]) -> None:
-    planned = plan(runs)
-    assert planned.rows.tolist() == list(range(5, 5 + len(runs)))
+def test_gathered_slots_are_all_and_the_rest_is_masked(runs: list[list[SlotRun]]) -> None:
+    planned = plan(runs, torch.bfloat16)
+    assert planned.pieces is None
+    assert planned.slots is not None
+    assert planned.mask is not None
     for sequence, own in enumerate(runs):
-        expected = [slot for first, last in own for slot in range(first, last)]
-        assert sorted(attended_slots(planned, sequence)) == sorted(expected)
+        slots, is_real = planned.slots[sequence], planned.mask[sequence].flatten() == 0
+        assert slots[is_real].tolist() == slots_of(own)
         # What fills a row up is there to be read, though it is masked: a slot of the sequence, so never unwritten.
-        assert set(planned.tail_slots[sequence].tolist()) <= set(expected)
-    assert all(a.length == b.length and a.first < b.first for a, b in planned.pairs)
+        assert set(slots.tolist()) == set(slots_of(own))
 
 
-@given(lengths=st.lists(st.integers(1, 40), max_size=12))
-def test_pairing_takes_one_call_per_piece_at_most(lengths: list[int]) -> None:
-    firsts = np.cumsum([0, *lengths]) * PIECE_UNIT
-    pieces = [Piece(length * PIECE_UNIT, int(firsts[at]), at) for at, length in enumerate(lengths)]
-    pairs = pair_up(pieces)
-    assert len(pairs) <= len(pieces)
-    assert sum(2 * a.length for a, _ in pairs) == sum(piece.length for piece in pieces)
-
-
-def test_equal_sequences_pair_up_at_once() -> None:
-    planned = plan([[(at * 1024, at * 1024 + 1000 + at)] for at in range(16)])
-    assert len(planned.pairs) == 8
-    assert {a.length for a, _ in planned.pairs} == {960}
-    assert planned.tail_slots.shape == (16, 55)
-    assert planned.partials.shape == (16, 2)
-
-
-def test_short_sequences_take_one_call() -> None:
-    planned = plan([[(0, 64)], [(100, 101)]])
-    assert planned.pairs == ()
-    assert planned.tail_slots.shape == (2, 64)
+def test_rows_are_named_unless_they_are_all() -> None:
+    rows = plan([[(0, 3)], [(8, 9)]]).rows
+    assert rows is not None
+    assert rows.tolist() == [5, 6]
+    assert plan([[(0, 3)], [(8, 9)]], num_others=0).rows is None

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaMLP, apply_rotary_pos_emb
 
-from serving.engine import attention
-from serving.engine.fused import FusedDecoder, RMSNorm, can_fuse, rotate
+from serving.engine import attention, kernels
+from serving.engine.fused import FusedDecoder, RMSNorm, can_fuse, rotate_
 from serving.engine.kv_pool import KVLayout, KVPool
 from serving.engine.linear import INT4_GROUP, INT4_LEVELS, Weights, quantise
 from serving.engine.step_batch import SequencePart, build_step_batch
@@ -93,8 +93,14 @@ def steps() -> list[list[SequencePart]]:
     ]
 
 
+@pytest.mark.parametrize("has_kernels", [True, False])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_hidden_states_and_kv_are_those_of_the_stock_modules(variant: str) -> None:
+def test_hidden_states_and_kv_are_those_of_the_stock_modules(
+    variant: str, has_kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if has_kernels and not kernels.available():
+        pytest.skip("numba shares no threads with torch here")
+    monkeypatch.setattr(kernels, "available", lambda: has_kernels)
     decoder, config = make_decoder(variant)
     assert can_fuse(decoder, config)
     pools = [make_pool(config), make_pool(config)]
@@ -209,8 +215,8 @@ def test_rotation_is_that_of_transformers() -> None:
     cos, sin = LlamaModel(config).rotary_emb(x, torch.tensor([[0, 1, 50, 1000, 2]]))
     by_head = x.transpose(0, 1)[None]
     expected, _ = apply_rotary_pos_emb(by_head, by_head, cos, sin)
-    rotated = rotate(x, cos[0, :, None], sin[0, :, None, :8])
-    torch.testing.assert_close(rotated, expected[0].transpose(0, 1), atol=1e-6, rtol=1e-6)
+    rotate_(x, cos[0, :, None, :8], sin[0, :, None, :8])
+    torch.testing.assert_close(x, expected[0].transpose(0, 1), atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 1e4])

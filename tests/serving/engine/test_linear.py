@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from serving.engine import kernels
 from serving.engine.linear import (
     INT4_GROUP,
     Bf16Linear,
@@ -19,6 +20,7 @@ from serving.engine.linear import (
     can_pack,
     make_linear,
     packed_rows,
+    panels_of,
 )
 
 SIZE_IN, SIZE_OUT = 48, 72
@@ -147,9 +149,31 @@ def test_batches_of_all_sizes_make_few_products() -> None:
     assert len(set(padded)) <= 24, "each is kept by oneDNN"
 
 
-def test_what_lies_in_onednns_layout_says_so() -> None:
-    """Callers pad the rows of whatever does: bf16 too."""
+def test_what_lies_in_onednns_layout_is_filled_up_to_few_sizes() -> None:
+    """bf16 too; but not the few rows that a loop of our own takes."""
     weight = draw(64, 32)
+    packed = packed_rows(5)
     is_bf16_packed = can_pack(weight) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    expected = {"float32": can_pack(weight), "bf16": is_bf16_packed, "int4": False}
-    assert {kind: make_linear(weight, None, kind).is_packed for kind in get_args(Weights)} == expected
+    expected = {"float32": packed if can_pack(weight) else 5, "bf16": packed if is_bf16_packed else 5, "int4": 5}
+    assert {kind: make_linear(weight, None, kind).padded_rows(5) for kind in get_args(Weights)} == expected
+    if can_pack(weight) and kernels.available():
+        assert make_linear(weight).padded_rows(1) == 1
+
+
+@pytest.mark.skipif(not can_pack(draw(1, 1)) or not kernels.available(), reason="nothing is packed here")
+@pytest.mark.parametrize("size_out", [64, 72, 500])
+def test_panels_are_the_weights(size_out: int) -> None:
+    weight = draw(size_out, SIZE_IN)
+    linear = PackedLinear(weight)
+    assert linear.panels is not None, "oneDNN has changed its layout: a decode step takes 1.5 times as long"
+    indices = torch.tensor([size_out - 1, 0, size_out // 2])
+    assert torch.equal(linear.take_rows(indices), weight[indices])
+
+
+@pytest.mark.skipif(not can_pack(draw(1, 1)), reason="nothing is packed here")
+def test_another_layout_is_not_taken_for_panels() -> None:
+    weight, other = draw(128, 64), draw(128, 64, seed=1)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 64)
+    assert panels_of(packed, other) is None
+    assert panels_of(packed, draw(64, 64)) is None
+    assert panels_of(packed, weight.view(64, 128)) is None

@@ -36,11 +36,12 @@ def test_parts_are_packed_one_after_the_other() -> None:
     assert batch.slots.tolist() == [14, 15, 36, 27, 80, 81]
     assert batch.logits_indices.tolist() == [2, 3]
     # A single token sees itself through the pool, a chunk does not.
-    assert [(s.start, s.length, s.runs) for s in batch.segments] == [
-        (0, 3, ((8, 14),)),
-        (3, 1, ((20, 28),)),
-        (4, 2, ()),
-    ]
+    assert [(s.start, s.length, s.runs) for s in batch.segments] == [(0, 3, ((8, 14),)), (4, 2, ())]
+    assert batch.decode_plan is not None
+    assert batch.decode_plan.rows is not None
+    assert batch.decode_plan.rows.tolist() == [3]
+    if batch.decode_plan.pieces is not None:
+        assert batch.decode_plan.pieces.tolist() == [[0, 20, 8]]
 
 
 def test_a_badly_fragmented_sequence_is_gathered() -> None:

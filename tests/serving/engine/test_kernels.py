@@ -1,0 +1,94 @@
+"""What the loops' other tests take for granted: the exponential, and threads. See `test_attention` and `test_fused`."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from numba import njit
+
+from serving.engine import kernels
+from serving.engine.runner import set_num_threads
+
+pytestmark = pytest.mark.skipif(not kernels.available(), reason="numba shares no threads with torch here")
+
+THREADS = """
+import os
+import numpy as np
+import torch
+from serving.engine import kernels
+from serving.engine.runner import set_num_threads
+
+set_num_threads(2)
+a = torch.randn(512, 512)
+a @ a
+before = len(os.listdir("/proc/self/task"))
+x = np.ones((64, 512), np.float32)
+kernels.norm(x, x[0].copy(), 1e-5, np.empty_like(x))
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@njit(fastmath=True)
+def exps(x: kernels.Floats, out: kernels.Floats) -> None:
+    for at in range(len(x)):
+        out[at] = kernels.exp(x[at])
+
+
+def test_the_exponential_is_exact_to_a_few_units_in_the_last_place() -> None:
+    x = np.linspace(-86, 86, 1_000_001).astype(np.float32)
+    out = np.empty_like(x)
+    exps(x, out)
+    expected = np.exp(x.astype(np.float64))
+    # What rounding x / log(2) takes grows with x; in a softmax such differences count nothing.
+    assert np.abs(out / expected - 1).max() < 1e-5
+    near = np.abs(x) < 8
+    assert np.abs(out / expected - 1)[near].max() < 1e-6
+
+
+def test_the_exponential_stays_within_float32() -> None:
+    x = np.array([-1e30, -200, -88, 88, 200, 1e30, 0], np.float32)
+    out = np.empty_like(x)
+    exps(x, out)
+    assert (out[:3] < 1e-37).all()
+    assert (out[3:6] > 1e37).all()
+    assert np.isfinite(out).all()
+    assert out[6] == 1
+
+
+def test_gates_of_any_size() -> None:
+    gates = np.array([-1e4, -90, -3, 0, 3, 90, 1e4], np.float32)
+    out = np.empty((1, 7), np.float32)
+    kernels.gate(np.concatenate([gates, np.full(7, 2, np.float32)])[None], out)
+    torch.testing.assert_close(torch.from_numpy(out[0]), 2 * torch.nn.functional.silu(torch.from_numpy(gates)))
+
+
+def test_no_threads_are_made_beside_torchs() -> None:
+    """Two pools that wait for work on the same cores would cost more than the loops save."""
+    told = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "0"
+
+
+LAUNCH = """
+import torch
+from serving.engine import kernels
+
+torch.set_num_threads(1)
+print(kernels.available(), torch.get_num_threads())
+"""
+
+
+def test_starting_numbas_threads_leaves_torchs_as_they_are() -> None:
+    told = subprocess.run([sys.executable, "-c", LAUNCH], capture_output=True, text=True, check=True)
+    assert told.stdout.split() == ["True", "1"]
+
+
+def test_torch_keeps_the_number_of_threads_that_is_set() -> None:
+    before = torch.get_num_threads()
+    try:
+        for num_threads in (1, 2, 1000):
+            set_num_threads(num_threads)
+            assert torch.get_num_threads() == num_threads
+    finally:
+        set_num_threads(before)
