@@ -262,8 +262,9 @@ class Ledger:
         extent.in_dram = True
         self.held.show(extent)
         self.held.enter_tier(extent, Tier.DRAM)
-        self.disk.enqueue(extent)
-        if extent.handoff_owner is not None:
+        if extent.handoff_owner is None:
+            self.disk.enqueue(extent)
+        else:  # whoever waits for it reads it first: written at the same time, it takes three times as long to arrive
             self._lease(extent.handoff_owner, [extent], now)
         self.room.announce(extent, Tier.DRAM)
         self.counters["stored_blocks"] += extent.header.num_blocks
@@ -341,11 +342,13 @@ class Ledger:
 
     def _settle(self, extent: Extent) -> list[Drop]:
         """Without leases a handoff becomes an ordinary cached extent, or leaves."""
-        self.room.unsettled.pop(extent.extent_id, None)
+        was_tried = self.room.unsettled.pop(extent.extent_id, None) is not None
         if not extent.is_handoff or not extent.in_dram or extent.num_leases:
             return []
         if extent.is_transient:
             return self.room.leave(extent, Tier.DRAM)
+        if not (was_tried or extent.on_disk or extent.needs_write):
+            self.disk.enqueue(extent)
         drops = self.room.make_room(Tier.DRAM, extent.image_bytes)
         if drops is not None:
             self.room.discharge_dram(extent)
