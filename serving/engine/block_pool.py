@@ -60,6 +60,8 @@ class BlockPool:
         self._ref_counts: npt.NDArray[np.int32] = np.zeros(num_blocks, np.int32)
         self._is_free: npt.NDArray[np.bool_] = np.ones(num_blocks, np.bool_)
         self._num_free = num_blocks
+        self.high_water = 0
+        """The blocks from here on have never been used."""
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._index = PrefixIndex()
         self._by_hash: dict[BlockHash, int] = {}
@@ -170,6 +172,7 @@ class BlockPool:
             blocks.append(start)
             start += 1
         self._num_free -= len(blocks)
+        self.high_water = max(self.high_water, start)
         return blocks
 
     def _best_run(self, wanted: int, with_room: int) -> int:

@@ -27,6 +27,7 @@ from serving.engine.loader import ConnectStore, Loader
 from serving.engine.logits import LogitsRow, check_params, ends_answer
 from serving.engine.measure import REPORT_INTERVAL_S, Reporter, Speed
 from serving.engine.planner import LoadMode, Planner
+from serving.engine.pool_memory import PoolMemory
 from serving.engine.runner import ModelRunner
 from serving.engine.sampler import Sampled, sample
 from serving.engine.scheduler import ScheduledPart, Scheduler
@@ -107,6 +108,7 @@ class Engine:
         layout = runner.layout(config.block_size)
         pool = BlockPool(config.num_blocks, config.block_size)
         self._kv = KVPool(layout, config.num_blocks, runner.device, config.kv_dtype)
+        self._memory = PoolMemory(self._kv)
         self._scheduler = Scheduler(pool, config.max_running, config.step_tokens)
         self._speed = Speed(config.step_tokens)
         self._loader = Loader(connect, self._kv) if connect else None
@@ -161,6 +163,7 @@ class Engine:
         self._post(lambda: None)
         self._thread.join()
         self._cores.close()
+        self._memory.close()
         if self._grammars is not None:
             self._grammars.close()
         if self._loader is not None:
@@ -318,6 +321,7 @@ class Engine:
         self._run_commands()
         self._admit()
         parts = self._scheduler.plan_step()
+        self._memory.reach(self._scheduler.pool.high_water)
         if self._reporter is not None:
             self._reporter.report(is_idle=not parts)
         if parts:
