@@ -16,6 +16,7 @@ import importlib
 import math
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from typing import Any, TypeVar, cast
 
@@ -45,8 +46,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _compiled(**options: Any) -> Callable[[F], F]:
-    decorate: Any = njit(fastmath=True, error_model="numpy", nogil=True, cache=True, **options)
-    return cast("Callable[[F], F]", decorate)
+    def decorate(function: F) -> F:
+        dispatcher: Any = njit(fastmath=True, error_model="numpy", nogil=True, **options)(function)
+        with suppress(RuntimeError):  # no folder for it that this user may write to: then each process compiles
+            dispatcher.enable_caching()
+        return cast("F", dispatcher)
+
+    return decorate
 
 
 @cache

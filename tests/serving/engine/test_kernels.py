@@ -1,5 +1,6 @@
 """What the loops' other tests take for granted: the exponential, and threads. See `test_attention` and `test_fused`."""
 
+import os
 import subprocess
 import sys
 
@@ -92,3 +93,20 @@ def test_torch_keeps_the_number_of_threads_that_is_set() -> None:
             assert torch.get_num_threads() == num_threads
     finally:
         set_num_threads(before)
+
+
+UNCACHED = """
+import numpy as np
+from serving.engine import kernels
+
+x = np.full((1, 8), 3, np.float32)
+out = np.empty_like(x)
+kernels.norm(x, np.ones(8, np.float32), 0.0, out)
+print(out[0, 0], kernels.norm.stats.cache_path)
+"""
+
+
+def test_without_a_folder_to_keep_compiled_code_in_each_process_compiles() -> None:
+    nowhere = os.environ | {"NUMBA_CACHE_LOCATOR_CLASSES": "ZipCacheLocator"}
+    told = subprocess.run([sys.executable, "-c", UNCACHED], capture_output=True, text=True, env=nowhere, check=True)
+    assert told.stdout.split() == ["1.0", "None"]
