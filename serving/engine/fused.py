@@ -21,7 +21,7 @@ from serving.engine import kernels
 from serving.engine.attention import attend, attend_step
 from serving.engine.decode_plan import DecodePlan
 from serving.engine.families import FUSED_MODULES
-from serving.engine.linear import MAX_ROWS_OF_LOOP, Linear, PackedLinear, Weights, make_linear
+from serving.engine.linear import MAX_ROWS_OF_LOOP, Bf16Linear, Linear, PackedLinear, Weights, make_linear
 from serving.engine.step_batch import StepBatch
 
 _ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -77,6 +77,8 @@ class _Layer:
     before_mlp: RMSNorm
     gate_up: Linear
     down: Linear
+    num_inner: int
+    """Size between `gate_up` and `down`."""
     scale: float
 
     @property
@@ -90,11 +92,11 @@ class _Layer:
             return None
         parts: list[Any] = []
         for linear in self.linears:
-            if not isinstance(linear, PackedLinear) or linear.panels is None:
+            if not isinstance(linear, (PackedLinear, Bf16Linear)) or linear.panels is None:
                 return None
             parts += [linear.panels, linear.bias.numpy() if linear.bias is not None else np.empty(0, np.float32)]
         first, second = ((norm.array, norm.eps) for norm in norms)
-        return (*first, *parts[:4], *second, *parts[4:], self.scale)
+        return (*first, *parts[:4], *second, *parts[4:], self.num_inner, self.scale)
 
 
 def can_fuse(decoder: nn.Module, config: Any) -> bool:
@@ -174,6 +176,7 @@ class FusedDecoder:
             before_mlp=_norm(stock.post_attention_layernorm),
             gate_up=self._join(mlp.gate_proj, mlp.up_proj),
             down=self._join(mlp.down_proj),
+            num_inner=mlp.down_proj.in_features,
             scale=attention.scaling,
         )
 

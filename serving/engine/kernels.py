@@ -26,13 +26,15 @@ import numpy.typing as npt
 import torch
 from llvmlite import ir
 from numba import njit, prange, types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
+Panels = npt.NDArray[np.float32] | npt.NDArray[np.int32]
 
 _settings: Any = numba.config  # its types know no settings
 _intrinsic: Any = intrinsic  # its types take the context for an argument
+_overload: Any = overload  # and know no options
 
 LANES = 64
 """Neighbouring outputs that packed weights keep together."""
@@ -229,22 +231,48 @@ def attend_tokens(query: Floats, pieces: Ints, kv: Floats, layer: int, scale: fl
                 out[token, head, i] = attended / sum_of_weights
 
 
+def _add_products(panel: Panels, x: Floats, total: Floats) -> None:
+    """Add the products of one panel to `total` `(n, LANES)`. What follows is compiled in its place."""
+    raise NotImplementedError
+
+
+def _add_products_of_floats(panel: Panels, x: Floats, total: Floats) -> None:
+    for at in range(x.shape[1]):
+        for row in range(x.shape[0]):
+            factor = x[row, at]
+            for lane in range(LANES):
+                total[row, lane] += panel[at, lane] * factor
+
+
+def _add_products_of_bf16(panel: Panels, x: Floats, total: Floats) -> None:
+    for pair in range(panel.shape[0]):
+        for row in range(x.shape[0]):
+            even, odd = x[row, 2 * pair], x[row, 2 * pair + 1]
+            for lane in range(LANES):
+                # A bf16 is the upper half of the float32 that it stands for.
+                both = panel[pair, lane]
+                total[row, lane] += (
+                    _as_float(np.int32(both << np.int32(16))) * even + _as_float(both & np.int32(-65536)) * odd
+                )
+
+
+@_overload(_add_products, jit_options={"fastmath": True, "error_model": "numpy"})  # type: ignore[untyped-decorator]
+def _choose_products(panel: Panels, x: Floats, total: Floats) -> Callable[..., None]:
+    # Called with the types of such arguments; numba wants the annotations of what it returns.
+    return _add_products_of_floats if panel.dtype == types.float32 else _add_products_of_bf16
+
+
 @_compiled(parallel=True)
-def multiply_few(panels: Floats, x: Floats, out: Floats) -> None:
+def multiply_few(panels: Panels, x: Floats, out: Floats) -> None:
     """`x` `(n, in)` times weights, into `out` `(n, out)`.
 
-    `panels` are the weights `(out / LANES, in, LANES)`, the last panel filled up.
+    `panels` are the weights `(out / LANES, in, LANES)`, the last panel filled up. Or int32 `(out / LANES, in / 2,
+    LANES)`, each of two weights in bf16 that follow each other, the first in the lower half.
     """
-    num_rows, num_in = x.shape
-    num_out = out.shape[1]
+    num_rows, num_out = out.shape
     for panel in prange(panels.shape[0]):
-        weights = panels[panel]
         total = np.zeros((num_rows, LANES), np.float32)
-        for at in range(num_in):
-            for row in range(num_rows):
-                factor = x[row, at]
-                for lane in range(LANES):
-                    total[row, lane] += weights[at, lane] * factor
+        _add_products(panels[panel], x, total)
         first = panel * LANES
         for row in range(num_rows):
             for lane in range(min(LANES, num_out - first)):
@@ -252,7 +280,7 @@ def multiply_few(panels: Floats, x: Floats, out: Floats) -> None:
 
 
 @_compiled(parallel=True)
-def take_rows(panels: Floats, indices: Ints, out: Floats) -> None:
+def take_rows(panels: Panels, indices: Ints, out: Floats) -> None:
     """Some of the weights' rows, into `out` `(n, in)`; `panels` as in `multiply_few`."""
     for row in prange(out.shape[0]):
         panel, lane = indices[row] // LANES, indices[row] % LANES
@@ -284,7 +312,7 @@ def gate(gate_up: Floats, out: Floats) -> None:
 
 
 @_compiled()
-def _project(panels: Floats, bias: Floats, x: Floats, size_out: int) -> Floats:
+def _project(panels: Panels, bias: Floats, x: Floats, size_out: int) -> Floats:
     """`x` times weights, plus their bias unless that is empty."""
     out = np.empty((x.shape[0], size_out), np.float32)
     multiply_few(panels, x, out)
@@ -305,16 +333,17 @@ def decode_layer(
     hidden: Floats,
     attention_norm: Floats,
     attention_eps: float,
-    qkv: Floats,
+    qkv: Panels,
     qkv_bias: Floats,
-    out: Floats,
+    out: Panels,
     out_bias: Floats,
     mlp_norm: Floats,
     mlp_eps: float,
-    gate_up: Floats,
+    gate_up: Panels,
     gate_up_bias: Floats,
-    down: Floats,
+    down: Panels,
     down_bias: Floats,
+    num_inner: int,
     scale: float,
     num_heads: int,
     cos: Floats,
@@ -326,8 +355,8 @@ def decode_layer(
 ) -> None:
     """One layer of a decoder for `hidden` `(B, size)`, in place.
 
-    Its weights are panels (see `multiply_few`), its biases empty where there are none; the rest is as in
-    `store_rotated` and `attend_tokens`.
+    Its weights are panels (see `multiply_few`), its biases empty where there are none, `num_inner` is the size between
+    `gate_up` and `down`; the rest is as in `store_rotated` and `attend_tokens`.
     """
     num_tokens, size = hidden.shape
     num_kv_heads, head_dim = kv.shape[3], kv.shape[4]
@@ -338,7 +367,6 @@ def decode_layer(
     attended = np.empty((num_tokens, num_heads, head_dim), np.float32)
     attend_tokens(np.ascontiguousarray(heads[:, :num_heads]), pieces, kv, layer, scale, attended)
     hidden += _project(out, out_bias, attended.reshape(num_tokens, num_heads * head_dim), size)
-    num_inner = down.shape[1]
     both = _project(gate_up, gate_up_bias, _normed(hidden, mlp_norm, mlp_eps), 2 * num_inner)
     gated = np.empty((num_tokens, num_inner), np.float32)
     gate(both, gated)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn import functional
 
@@ -100,14 +101,16 @@ class PackedLinear:
         self._multiply: Any = torch.ops.mkldnn._linear_pointwise
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        product: torch.Tensor
         if self.panels is not None and x.shape[0] <= MAX_ROWS_OF_LOOP:
-            return self._multiply_few(self.panels, x)
-        product: torch.Tensor = self._multiply.default(x, self._weight, self.bias, "none", [], "")
+            product = _multiply_few(self.panels, x, self._size_out)
+            return product if self.bias is None else product.add_(self.bias)
+        product = self._multiply.default(x, self._weight, self.bias, "none", [], "")
         return product
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         if self.panels is not None and x.shape[0] <= MAX_ROWS_OF_LOOP:
-            return self._multiply_few(self.panels, x).add_(residual)
+            return self(x).add_(residual)
         total: torch.Tensor = self._multiply.binary(x, residual, self._weight, self.bias, "add")
         return total
 
@@ -117,11 +120,6 @@ class PackedLinear:
         rows = torch.empty(len(indices), self.panels.shape[1])
         kernels.take_rows(self.panels, indices.numpy(), rows.numpy())
         return rows
-
-    def _multiply_few(self, panels: kernels.Floats, x: torch.Tensor) -> torch.Tensor:
-        out = x.new_empty(x.shape[0], self._size_out)
-        kernels.multiply_few(panels, x.contiguous().numpy(), out.numpy())
-        return out if self.bias is None else out.add_(self.bias)
 
     def padded_rows(self, num_rows: int) -> int:
         return num_rows if self.panels is not None and num_rows <= MAX_ROWS_OF_LOOP else packed_rows(num_rows)
@@ -134,30 +132,36 @@ class PackedLinear:
 class _RoundedLinear(ABC):
     """What multiplies in bf16: the product comes back in float32, with bias or residual beside it."""
 
-    _bias: torch.Tensor | None
+    bias: torch.Tensor | None
 
     @abstractmethod
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
-        """`x`, rounded, times the weights, `(n, out)` in bf16."""
+        """`x`, rounded, times the weights, `(n, out)`, rounded too. Or neither: that is but more exact."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         product = self._multiply(x).float()
-        return product if self._bias is None else product.add_(self._bias)
+        return product if self.bias is None else product.add_(self.bias)
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         total = residual + self._multiply(x)
-        return total if self._bias is None else total.add_(self._bias)
+        return total if self.bias is None else total.add_(self.bias)
 
 
 class Bf16Linear(_RoundedLinear):
     """Weights of half the size, in oneDNN's layout where the machine multiplies bf16, else as they are."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        self._bias = bias
+        self.bias = bias
         self._is_packed: bool = can_pack(weight) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        self._weight = _packed(weight.bfloat16()) if self._is_packed else weight.bfloat16()
+        rounded = weight.bfloat16()
+        self._weight = _packed(rounded) if self._is_packed else rounded
+        self._size_out = len(weight)
+        self.panels = panels_of(self._weight, rounded) if self._is_packed and kernels.available() else None
+        """The packed weights as `kernels` reads them, if it can."""
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
+        if self.panels is not None and x.shape[0] <= MAX_ROWS_OF_LOOP:
+            return _multiply_few(self.panels, x, self._size_out)
         rows = x.bfloat16()
         if not self._is_packed:
             return functional.linear(rows, self._weight)
@@ -165,11 +169,12 @@ class Bf16Linear(_RoundedLinear):
         return product
 
     def padded_rows(self, num_rows: int) -> int:
-        return packed_rows(num_rows) if self._is_packed else num_rows
+        is_padded = self._is_packed and (self.panels is None or num_rows > MAX_ROWS_OF_LOOP)
+        return packed_rows(num_rows) if is_padded else num_rows
 
     @property
     def num_bytes(self) -> int:
-        return _num_bytes(self._weight, self._bias)
+        return _num_bytes(self._weight, self.bias)
 
 
 class Int4Linear(_RoundedLinear):
@@ -186,7 +191,7 @@ class Int4Linear(_RoundedLinear):
         pack: Any = torch._convert_weight_to_int4pack_for_cpu
         self._packed: torch.Tensor = pack(levels.flatten(1), 2)
         self._scales_and_zeros = torch.stack((scales, zeros), -1).transpose(0, 1).contiguous()
-        self._bias = bias
+        self.bias = bias
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.to(torch.bfloat16, memory_format=torch.contiguous_format)
@@ -199,7 +204,7 @@ class Int4Linear(_RoundedLinear):
 
     @property
     def num_bytes(self) -> int:
-        return _num_bytes(self._packed, self._scales_and_zeros, self._bias)
+        return _num_bytes(self._packed, self._scales_and_zeros, self.bias)
 
 
 def quantise(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -219,21 +224,35 @@ def _packed(weight: torch.Tensor) -> torch.Tensor:
     return packed
 
 
-def panels_of(packed: torch.Tensor, weight: torch.Tensor) -> kernels.Floats | None:
-    """The memory of packed weights `(out, in)` as `kernels` reads it, `(out / LANES, in, LANES)`, while these live.
+def panels_of(packed: torch.Tensor, weight: torch.Tensor) -> kernels.Panels | None:
+    """The memory of packed weights `(out, in)` as `kernels.multiply_few` reads it, while these live.
 
     None if oneDNN has laid them out in another way.
     """
     size_out, size_in = weight.shape
-    num_panels = -(-size_out // kernels.LANES)
-    shape = (num_panels, size_in, kernels.LANES)
-    if torch.ops.mkldnn._nbytes(packed) != num_panels * size_in * kernels.LANES * weight.element_size():
+    num_panels, num_bytes = -(-size_out // kernels.LANES), torch.ops.mkldnn._nbytes(packed)
+    is_bf16 = weight.dtype == torch.bfloat16
+    if num_bytes != num_panels * kernels.LANES * size_in * weight.element_size() or (is_bf16 and size_in % 2):
         return None
-    address: int = torch.ops.mkldnn.data_ptr(packed)
-    memory = ctypes.cast(address, ctypes.POINTER(ctypes.c_float))
-    panels: kernels.Floats = np.ctypeslib.as_array(memory, shape)
-    rows = panels.transpose(0, 2, 1).reshape(-1, size_in)[:size_out]
-    return panels if np.array_equal(rows, weight.detach().numpy()) else None
+    address = ctypes.cast(torch.ops.mkldnn.data_ptr(packed), ctypes.POINTER(ctypes.c_uint8))
+    memory = np.ctypeslib.as_array(address, (num_bytes,))
+    panels: kernels.Panels
+    if is_bf16:
+        panels = memory.view(np.int32).reshape(num_panels, -1, kernels.LANES)
+        pairs = panels.view(np.int16).reshape(num_panels, -1, kernels.LANES, 2)
+        rows: npt.NDArray[Any] = pairs.transpose(0, 2, 1, 3)
+        expected = weight.view(torch.int16)
+    else:
+        panels = memory.view(np.float32).reshape(num_panels, -1, kernels.LANES)
+        rows, expected = panels.transpose(0, 2, 1), weight
+    is_as_known = np.array_equal(rows.reshape(-1, size_in)[:size_out], expected.detach().numpy())
+    return panels if is_as_known else None
+
+
+def _multiply_few(panels: kernels.Panels, x: torch.Tensor, size_out: int) -> torch.Tensor:
+    out = x.new_empty(x.shape[0], size_out)
+    kernels.multiply_few(panels, x.contiguous().numpy(), out.numpy())
+    return out
 
 
 def _num_bytes(*tensors: torch.Tensor | None) -> int:

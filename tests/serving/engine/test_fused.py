@@ -164,9 +164,10 @@ def test_smaller_weights_round_products_and_nothing_else(weights: Weights, famil
         by_rounding, by_exact = stock_hidden(stock, batches[1]), stock_hidden(exact, batches[2])
         off_rounding = max(off_rounding, float((ours - by_rounding).norm() / by_rounding.norm()))
         off_exact = max(off_exact, float((ours - by_exact).norm() / by_exact.norm()))
-    # A sum in another order is now and then rounded to the other side, by one part in 2^7: nothing else differs.
-    assert off_rounding < 2**-7
-    assert off_exact > 2 * off_rounding
+    # A sum in another order is now and then rounded to the other side, by one part in 2^7: nothing else differs. But a
+    # few rows in bf16 are multiplied without any rounding, which may lie a rounding apart.
+    assert off_rounding < (2**-6 if weights == "bf16" else 2**-7)
+    assert off_exact > 2**-7
 
 
 def test_shapes_on_a_device_without_kernels() -> None:
