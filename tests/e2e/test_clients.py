@@ -87,7 +87,9 @@ def test_chat_in_a_pipe_answers_on_standard_output(server: Server, tmp_path: Pat
     assert len(done.stdout.strip().splitlines()) >= 3
     assert done.stderr.count("prompt tokens reused") == 3
     assert "there is no /nonsense" in done.stderr
-    assert "\x1b" not in done.stdout + done.stderr, "colours outside a terminal"
+    # The random model says any byte now and then, an escape too, but hardly the beginning of a colour.
+    assert "\x1b" not in done.stderr
+    assert "\x1b[" not in done.stdout, "colours outside a terminal"
     messages = json.loads(saved.read_text())
     assert [message["role"] for message in messages] == ["user", "assistant"] * 2
     resumed = run_chat(server, ["And then?"], "--load", str(saved))
