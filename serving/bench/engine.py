@@ -120,6 +120,7 @@ class EngineBench:
         )
         self._runner, self._tokenizer = runner, tokenizer
         self._engine = Engine(runner, config, tokenizer)
+        self._engine.take_memory()
         config_of_model = AutoConfig.from_pretrained(options.model_dir, local_files_only=True)
         auto_model: Any = AutoModelForCausalLM
         with torch.device("meta"):

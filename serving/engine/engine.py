@@ -27,7 +27,7 @@ from serving.engine.loader import ConnectStore, Loader
 from serving.engine.logits import LogitsRow, check_params, ends_answer
 from serving.engine.measure import REPORT_INTERVAL_S, Reporter, Speed
 from serving.engine.planner import LoadMode, Planner
-from serving.engine.pool_memory import PoolMemory
+from serving.engine.pool_memory import PoolMemory, populate
 from serving.engine.runner import ModelRunner
 from serving.engine.sampler import Sampled, sample
 from serving.engine.scheduler import ScheduledPart, Scheduler
@@ -269,6 +269,10 @@ class Engine:
             "prefill_tokens_per_s": self._speed.prefill_tokens_per_s,
             "decode_step_s": self._speed.decode_step_s,
         }
+
+    def take_memory(self) -> None:
+        """Take all of the pool's memory from the machine at once, as it is taken after hours of serving."""
+        populate(self._kv, 0, self.config.num_blocks)
 
     def reset_counters(self) -> None:
         """Start counting anew, between two steps."""

@@ -101,6 +101,8 @@ class Sequence:
     is_handoff_open: bool = False
     """A prefill replica is at work for this sequence."""
     has_asked_prefill: bool = False
+    holds_handoff: bool = False
+    """Decode: the store keeps for it what the prefill replica has handed off."""
     announced_tokens: int = 0
     """Decode: leading tokens that the prefill replica has handed off so far."""
     announced_node_id: str | None = None

@@ -121,6 +121,7 @@ class Transfers:
 
     def on_computed(self, sequence: Sequence) -> None:
         """More of the sequence has KV after a step."""
+        self.end_handoff(sequence)  # not before: what is let go of is written to disk, and the first token would wait
         meeting = sequence.meeting
         if meeting is not None and meeting.meet(sequence.num_computed):
             if sequence.is_load_in_flight:  # it is ending, and writes nothing any more
@@ -175,7 +176,8 @@ class Transfers:
         sequence.is_load_in_flight = False
         sequence.load_s += result.seconds
         if sequence.status is Status.FINISHED:
-            self.end_handoff(sequence)  # the load has leased again what was let go of
+            sequence.holds_handoff = True  # the load has leased again what was let go of
+            self.end_handoff(sequence)
             self.release_if_idle(sequence)
             return
         self._counters["loaded_tokens"] += result.num_tokens - sequence.num_computed
@@ -197,14 +199,13 @@ class Transfers:
         """What is stored is here: have the rest computed, by a prefill replica if it is long."""
         ask = sequence.listener.ask_prefill
         if ask is not None and self._can_ask_prefill(sequence):
-            sequence.has_asked_prefill = True
+            sequence.has_asked_prefill = sequence.holds_handoff = True
             sequence.is_handoff_open = ask(sequence)
         if self._load_announced(sequence):
             return
         if sequence.is_handoff_open:
             sequence.status = Status.LOADING
         else:
-            self.end_handoff(sequence)
             sequence.status = Status.RUNNING
             self.hand_off(sequence)
 
@@ -252,7 +253,8 @@ class Transfers:
 
     def end_handoff(self, sequence: Sequence) -> None:
         """Let go of what the prefill replica has left in the store for this sequence."""
-        if sequence.has_asked_prefill and self._loader is not None:
+        if sequence.holds_handoff and self._loader is not None:
+            sequence.holds_handoff = False
             self._loader.release(sequence.request_id, sequence.announced_node_id)
 
     # -- handoff, prefill's side --------------------------------------------------------------------
@@ -317,6 +319,7 @@ class Transfers:
 
     def commit(self, sequence: Sequence) -> None:
         """The sequence has left the scheduler: keep its blocks. `release_if_idle` gives them back."""
+        self.end_handoff(sequence)
         request = sequence.request
         if sequence.is_kept and request.handoff_owner is None and sequence.num_chain_tokens:
             self._register_tail(sequence)
