@@ -345,6 +345,18 @@ def test_a_settled_handoff_makes_room_for_itself_or_leaves() -> None:
     assert books.ledger.room.handoff_bytes == 0
 
 
+def test_a_handoff_is_written_once_it_has_been_read() -> None:
+    """Written at the same time, it would arrive later; and only once, however often it is leased again."""
+    books = Books(dram=2, disk=4, handoff=2)
+    books.store(chain(1), handoff_owner="request")
+    books.store(chain(2))
+    assert len(books.write_behind()) == 1, "what nobody waits for is"
+    books.release("request")
+    assert len(books.write_behind()) == 1
+    books.found(chain(1))
+    assert books.write_behind() == []
+
+
 def test_a_handoff_that_must_first_be_written_settles_after_it() -> None:
     books = Books(dram=0, disk=4, handoff=2)
     books.store(chain(1), handoff_owner="request")
