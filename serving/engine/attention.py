@@ -1,7 +1,8 @@
 """Attention of a packed step batch over the paged KV pool, in the place of transformers' own.
 
-A chunk's softmax is taken in parts that need no mask and no copy, then merged by their log-sum-exp (as in
-flash-decoding; "Online normalizer calculation for softmax", arXiv 1805.02867):
+float32 on a CPU is computed by loops of our own, over the pool as it lies (see `kernels`). Elsewhere a chunk's
+softmax is taken in parts that need no mask and no copy, then merged by their log-sum-exp (as in flash-decoding;
+"Online normalizer calculation for softmax", arXiv 1805.02867):
 
     a chunk        [ run of past slots ][ run ] ...   views of the pool, no mask
                                                [ itself ]   its fresh keys and values, causal
@@ -89,6 +90,11 @@ def attend(
     out: torch.Tensor,
 ) -> None:
     """As `attend_step`, with the new rows in the pool already."""
+    chunks = batch.chunk_plan
+    if chunks is not None:
+        pool = batch.kv.numpy()
+        arrays = query.numpy(), chunks.chunks, chunks.runs, pool
+        kernels.attend_chunks(*arrays, layer_idx, scale, out.numpy(), torch.get_num_threads())
     if batch.segments:
         _attend_chunks(batch, layer_idx, query, key, value, scale, out)
     plan = batch.decode_plan
@@ -108,7 +114,7 @@ def _attend_singles(
 ) -> None:
     """Attend for all tokens of a plan; `query` and `out`, which is contiguous, are `(B, H, D)`."""
     if plan.pieces is not None:
-        kernels.attend_tokens(query.contiguous().numpy(), plan.pieces, kv.numpy(), layer_idx, scale, out.numpy())
+        kernels.attend_tokens(query.numpy(), plan.pieces, kv.numpy(), layer_idx, scale, out.numpy())
         return
     assert plan.slots is not None
     keys, values = (

@@ -45,7 +45,7 @@ def plan_decode(
     No run may be empty, and no token without one.
     """
     chosen = None if len(rows) == num_tokens else torch.tensor(rows, dtype=torch.int64, device=kv.device)
-    if kernels.available() and kv.device.type == "cpu" and kv.dtype == torch.float32:
+    if kernels.can_attend(kv):
         return DecodePlan(chosen, pieces=_pieces(runs))
     slots, mask = _filled([np.concatenate([np.arange(*run, dtype=np.int64) for run in own]) for own in runs])
     return DecodePlan(

@@ -21,7 +21,7 @@ from serving.engine import kernels
 from serving.engine.attention import attend, attend_step
 from serving.engine.decode_plan import DecodePlan
 from serving.engine.families import FUSED_MODULES
-from serving.engine.linear import MAX_ROWS_OF_LOOP, Bf16Linear, Linear, PackedLinear, Weights, make_linear
+from serving.engine.linear import Bf16Linear, Linear, PackedLinear, Weights, make_linear
 from serving.engine.step_batch import StepBatch
 
 _ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -164,6 +164,8 @@ class FusedDecoder:
         self._is_native = is_native(decoder.norm.weight)
         arrays = [taken for layer in self._layers if (taken := layer.arrays()) is not None]
         self._arrays = arrays if len(arrays) == len(self._layers) else None
+        self.max_loop_rows = min(linear.max_loop_rows for layer in self._layers for linear in layer.linears)
+        """Up to so many rows, the layers' products are those of our own loops; 0 if there are none."""
 
     def _take_layer(self, layers: Any, at: int) -> _Layer:
         stock, layers[at] = layers[at], nn.Identity()
@@ -204,8 +206,8 @@ class FusedDecoder:
         hidden: torch.Tensor = self.embed(_padded(batch.input_ids, num_padding)).to(self._dtype)
         cos, sin = self._angles(hidden, _padded(batch.position_ids, num_padding))
         plan = batch.decode_plan
-        if self._arrays is not None and plan is not None and plan.rows is None and len(hidden) <= MAX_ROWS_OF_LOOP:
-            self._decode_few(batch, plan, hidden, cos, sin)
+        if plan is not None and self._can_decode_at_once(plan, batch.num_tokens):
+            self._decode(batch, plan, hidden, cos, sin)
             return self._norm(hidden)
         attended = hidden.new_zeros(hidden.shape[0], self._num_heads, self._head_dim)
         for layer_idx, layer in enumerate(self._layers):
@@ -214,10 +216,14 @@ class FusedDecoder:
             hidden = layer.down.add_to(hidden, self._gated(layer.gate_up(layer.before_mlp(hidden))))
         return self._norm(hidden[: batch.num_tokens])
 
-    def _decode_few(
+    def _can_decode_at_once(self, plan: DecodePlan, num_tokens: int) -> bool:
+        is_known = self._arrays is not None and plan.pieces is not None
+        return is_known and plan.rows is None and num_tokens <= self.max_loop_rows
+
+    def _decode(
         self, batch: StepBatch, plan: DecodePlan, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> None:
-        """All layers for a few single tokens, in place: as many calls as layers, as each costs a part of its work."""
+        """All layers for single tokens, in place: as many calls as layers, as each costs a part of its work."""
         assert self._arrays is not None
         before = hidden.numpy()
         after = (

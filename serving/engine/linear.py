@@ -4,8 +4,8 @@ On an x86 CPU in float32 the weights are reordered once into oneDNN's blocked la
 a few hundred columns is read at half the memory's bandwidth for one row, and repacked at every call for a few.
 Everywhere else they stay as they are. A packed matrix is a copy, so the caller drops the original.
 
-oneDNN itself takes 1.5 times as long for a few rows as reading the weights takes, so those are multiplied by a loop of
-our own where the layout turns out to be the one that it knows (see `kernels`).
+A few rows are multiplied by a loop of our own where the layout turns out to be the one that it knows (see `kernels`):
+oneDNN takes longer for one row than reading the weights takes, and keeps code for every number of rows.
 
 Smaller weights are read faster, which is what a step of few rows takes its time for. Residuals, biases and results stay
 float32 beside them; what is multiplied is rounded to bf16, and so is the product.
@@ -28,8 +28,9 @@ _MIN_ROWS = 4
 _FEW_ROWS = 32
 _ROWS_STEP = 16
 
-MAX_ROWS_OF_LOOP = 4
-"""Up to here our own loop takes no longer than oneDNN."""
+_MAX_LOOP_ROWS = 32
+_MAX_BF16_LOOP_ROWS = 4
+"""Up to here our own loop takes no longer than oneDNN, which has instructions for bf16."""
 
 _PACKED_FOR_ROWS = 64
 """Rows that the layout is chosen for; it serves all others as well."""
@@ -65,6 +66,11 @@ class Linear(Protocol):
         """Rows that the caller fills up to, at least `num_rows`: fewer would take longer."""
         ...
 
+    @property
+    def max_loop_rows(self) -> int:
+        """Up to so many rows, a loop of our own multiplies; 0 if there is none."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class PlainLinear:
@@ -82,6 +88,10 @@ class PlainLinear:
 
     def padded_rows(self, num_rows: int) -> int:
         return num_rows
+
+    @property
+    def max_loop_rows(self) -> int:
+        return 0
 
     @property
     def num_bytes(self) -> int:
@@ -102,14 +112,14 @@ class PackedLinear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         product: torch.Tensor
-        if self.panels is not None and x.shape[0] <= MAX_ROWS_OF_LOOP:
-            product = _multiply_few(self.panels, x, self._size_out)
+        if self.panels is not None and x.shape[0] <= _MAX_LOOP_ROWS:
+            product = _multiply_rows(self.panels, x, self._size_out)
             return product if self.bias is None else product.add_(self.bias)
         product = self._multiply.default(x, self._weight, self.bias, "none", [], "")
         return product
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        if self.panels is not None and x.shape[0] <= MAX_ROWS_OF_LOOP:
+        if x.shape[0] <= self.max_loop_rows:
             return self(x).add_(residual)
         total: torch.Tensor = self._multiply.binary(x, residual, self._weight, self.bias, "add")
         return total
@@ -122,7 +132,11 @@ class PackedLinear:
         return rows
 
     def padded_rows(self, num_rows: int) -> int:
-        return num_rows if self.panels is not None and num_rows <= MAX_ROWS_OF_LOOP else packed_rows(num_rows)
+        return num_rows if num_rows <= self.max_loop_rows else packed_rows(num_rows)
+
+    @property
+    def max_loop_rows(self) -> int:
+        return _MAX_LOOP_ROWS if self.panels is not None else 0
 
     @property
     def num_bytes(self) -> int:
@@ -160,8 +174,8 @@ class Bf16Linear(_RoundedLinear):
         """The packed weights as `kernels` reads them, if it can."""
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
-        if self.panels is not None and x.shape[0] <= MAX_ROWS_OF_LOOP:
-            return _multiply_few(self.panels, x, self._size_out)
+        if self.panels is not None and x.shape[0] <= _MAX_BF16_LOOP_ROWS:
+            return _multiply_rows(self.panels, x, self._size_out)
         rows = x.bfloat16()
         if not self._is_packed:
             return functional.linear(rows, self._weight)
@@ -169,8 +183,11 @@ class Bf16Linear(_RoundedLinear):
         return product
 
     def padded_rows(self, num_rows: int) -> int:
-        is_padded = self._is_packed and (self.panels is None or num_rows > MAX_ROWS_OF_LOOP)
-        return packed_rows(num_rows) if is_padded else num_rows
+        return packed_rows(num_rows) if self._is_packed and num_rows > self.max_loop_rows else num_rows
+
+    @property
+    def max_loop_rows(self) -> int:
+        return _MAX_BF16_LOOP_ROWS if self.panels is not None else 0
 
     @property
     def num_bytes(self) -> int:
@@ -203,6 +220,10 @@ class Int4Linear(_RoundedLinear):
         return num_rows
 
     @property
+    def max_loop_rows(self) -> int:
+        return 0
+
+    @property
     def num_bytes(self) -> int:
         return _num_bytes(self._packed, self._scales_and_zeros, self.bias)
 
@@ -225,7 +246,7 @@ def _packed(weight: torch.Tensor) -> torch.Tensor:
 
 
 def panels_of(packed: torch.Tensor, weight: torch.Tensor) -> kernels.Panels | None:
-    """The memory of packed weights `(out, in)` as `kernels.multiply_few` reads it, while these live.
+    """The memory of packed weights `(out, in)` as `kernels.multiply_rows` reads it, while these live.
 
     None if oneDNN has laid them out in another way.
     """
@@ -249,9 +270,9 @@ def panels_of(packed: torch.Tensor, weight: torch.Tensor) -> kernels.Panels | No
     return panels if is_as_known else None
 
 
-def _multiply_few(panels: kernels.Panels, x: torch.Tensor, size_out: int) -> torch.Tensor:
+def _multiply_rows(panels: kernels.Panels, x: torch.Tensor, size_out: int) -> torch.Tensor:
     out = x.new_empty(x.shape[0], size_out)
-    kernels.multiply_few(panels, x.contiguous().numpy(), out.numpy())
+    kernels.multiply_rows(panels, x.contiguous().numpy(), out.numpy())
     return out
 
 

@@ -23,7 +23,6 @@ from serving.engine.fused import FusedDecoder, can_fuse
 from serving.engine.kv_pool import KV_DTYPES, KVLayout, KVPool
 from serving.engine.linear import (
     INT4_GROUP,
-    MAX_ROWS_OF_LOOP,
     Linear,
     PackedLinear,
     TiedHead,
@@ -138,7 +137,8 @@ class ModelRunner:
     def _warm_up(self) -> None:
         """Have what compiles at its first call do so now: one token, several, and a chunk."""
         pool = KVPool(self.layout(block_size=2), 1, self.device)
-        for num_parts, num_tokens in ((1, 1), (MAX_ROWS_OF_LOOP + 1, 1), (1, 2)):
+        max_loop_rows = self._fused.max_loop_rows if self._fused is not None else 0
+        for num_parts, num_tokens in ((1, 1), (max_loop_rows + 1, 1), (1, 2)):
             self.forward(build_step_batch(pool, [SequencePart([0] * num_tokens, 0, [0])] * num_parts))
 
     @property

@@ -2,7 +2,8 @@
 
     parts      A: 3 tokens at position 40      B: 1 token at 7           C: 2 tokens at 0
     packed     a40 a41 a42                     b7                        c0 c1
-               segment (0, 3, runs of A[0:40]) planned (3, runs of B[0:8])   segment (4, 2, no runs)
+    kernels    chunk (0, 3, runs of A[0:43])   single (3, runs of B[0:8])    chunk (4, 2, runs of C[0:2])
+    torch      segment (0, 3, runs of A[0:40])                               segment (4, 2, no runs)
 
 A step batch is only a description: it holds the tensors that the forward pass needs and never changes a block.
 """
@@ -14,11 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from serving.engine import kernels
+from serving.engine.chunk_plan import Chunk, ChunkPlan, plan_chunks
 from serving.engine.decode_plan import DecodePlan, SlotRun, plan_decode
 from serving.engine.kv_pool import KVPool
 
 MAX_VIEWED_RUNS = 8
-"""A sequence in more runs than this is gathered instead: each run costs a call and a merge per layer."""
+"""A segment's sequence in more runs than this is gathered instead: each run costs a call and a merge per layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,7 @@ class SequencePart:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A chunk's place in the packed batch, and what it attends to besides itself."""
+    """A chunk's place in the packed batch, and what it attends to besides itself, where torch computes that."""
 
     start: int
     length: int
@@ -56,8 +59,10 @@ class StepBatch:
     """`(T,)` int64."""
     slots: torch.Tensor
     """`(T,)` int64, the slot that takes each token's KV."""
+    chunk_plan: ChunkPlan | None
+    """Chunks of two tokens or more, where the kernels attend for them."""
     segments: tuple[Segment, ...]
-    """Chunks of two tokens or more."""
+    """The same elsewhere."""
     decode_plan: DecodePlan | None
     """All the rest: single tokens."""
     kv: torch.Tensor
@@ -90,6 +95,8 @@ def build_step_batch(pool: KVPool, parts: Sequence[SequencePart]) -> StepBatch:
     """Pack `parts` for one forward pass. ValueError for a part without tokens or with too short a block table."""
     device = pool.device
     block_size = pool.layout.block_size
+    is_native = kernels.can_attend(pool.kv)
+    chunks: list[Chunk] = []
     segments: list[Segment] = []
     singles: dict[int, tuple[SlotRun, ...]] = {}
     positions: list[npt.NDArray[np.int64]] = []
@@ -102,6 +109,9 @@ def build_step_batch(pool: KVPool, parts: Sequence[SequencePart]) -> StepBatch:
             raise ValueError(f"a part at position {part.position} has no tokens")
         if length == 1:
             singles[start] = slot_runs(part.block_table, block_size, part.position + 1)
+        elif is_native:
+            runs = slot_runs(part.block_table, block_size, part.position + length)
+            chunks.append(Chunk(start, length, part.position, runs))
         else:
             segments.append(_segment(part, start, block_size, device))
         position = np.arange(part.position, part.position + length, dtype=np.int64)
@@ -115,6 +125,7 @@ def build_step_batch(pool: KVPool, parts: Sequence[SequencePart]) -> StepBatch:
         input_ids=_to_device(token_ids, device),
         position_ids=_to_device(positions, device),
         slots=_to_device(slots, device),
+        chunk_plan=plan_chunks(chunks) if chunks else None,
         segments=tuple(segments),
         decode_plan=plan_decode(list(singles), list(singles.values()), start, pool.kv) if singles else None,
         kv=pool.kv,

@@ -25,7 +25,7 @@ def sequences_of_runs(draw: st.DrawFn) -> list[list[SlotRun]]:
 
 def plan(runs: list[list[SlotRun]], dtype: torch.dtype = torch.float32, num_others: int = 5) -> DecodePlan:
     rows = range(num_others, num_others + len(runs))
-    return plan_decode(rows, runs, num_others + len(runs), torch.empty(0, dtype=dtype))
+    return plan_decode(rows, runs, num_others + len(runs), torch.empty(1, 2, 0, 1, 16, dtype=dtype))
 
 
 def slots_of(own: list[SlotRun]) -> list[int]:

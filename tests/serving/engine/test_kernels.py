@@ -1,15 +1,17 @@
-"""What the loops' other tests take for granted: the exponential, and threads. See `test_attention` and `test_fused`."""
+"""What the loops' other tests take for granted: powers of two, and threads. See `test_attention` and `test_fused`."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from numba import njit
 
 from serving.engine import kernels
+from serving.engine.kernels.compiling import compiled
 from serving.engine.runner import set_num_threads
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="numba shares no threads with torch here")
@@ -19,6 +21,7 @@ import os
 import numpy as np
 import torch
 from serving.engine import kernels
+from serving.engine.kernels.compiling import compiled
 from serving.engine.runner import set_num_threads
 
 set_num_threads(2)
@@ -31,31 +34,27 @@ print(len(os.listdir("/proc/self/task")) - before)
 """
 
 
-@njit(fastmath=True)
-def exps(x: kernels.Floats, out: kernels.Floats) -> None:
+@compiled()
+def powers(x: kernels.Floats, out: kernels.Floats) -> None:
     for at in range(len(x)):
-        out[at] = kernels.exp(x[at])
+        out[at] = kernels.exp2(x[at])
 
 
-def test_the_exponential_is_exact_to_a_few_units_in_the_last_place() -> None:
-    x = np.linspace(-86, 86, 1_000_001).astype(np.float32)
+def test_powers_of_two_are_exact_to_two_units_in_the_last_place() -> None:
+    x = np.linspace(-125.9, 125.9, 1_000_001).astype(np.float32)
     out = np.empty_like(x)
-    exps(x, out)
-    expected = np.exp(x.astype(np.float64))
-    # What rounding x / log(2) takes grows with x; in a softmax such differences count nothing.
-    assert np.abs(out / expected - 1).max() < 1e-5
-    near = np.abs(x) < 8
-    assert np.abs(out / expected - 1)[near].max() < 1e-6
+    powers(x, out)
+    assert np.abs(out / np.exp2(x.astype(np.float64)) - 1).max() < 2.5e-7
 
 
-def test_the_exponential_stays_within_float32() -> None:
-    x = np.array([-1e30, -200, -88, 88, 200, 1e30, 0], np.float32)
+def test_powers_of_two_stay_within_float32() -> None:
+    x = np.array([-1e30, -200, -127, 127, 200, 1e30, 0], np.float32)
     out = np.empty_like(x)
-    exps(x, out)
-    assert (out[:3] < 1e-37).all()
-    assert (out[3:6] > 1e37).all()
+    powers(x, out)
+    assert (out[:3] < 1.2e-38).all()
+    assert (out[3:6] > 8e37).all()
     assert np.isfinite(out).all()
-    assert out[6] == 1
+    assert out[6] == pytest.approx(1, abs=2.5e-7)
 
 
 def test_gates_of_any_size() -> None:
@@ -110,3 +109,28 @@ def test_without_a_folder_to_keep_compiled_code_in_each_process_compiles() -> No
     nowhere = os.environ | {"NUMBA_CACHE_LOCATOR_CLASSES": "ZipCacheLocator"}
     told = subprocess.run([sys.executable, "-c", UNCACHED], capture_output=True, text=True, env=nowhere, check=True)
     assert told.stdout.split() == ["1.0", "None"]
+
+
+STAMP = """
+from serving.engine import kernels
+
+print(kernels.norm._cache._cache_file._source_stamp)
+"""
+
+
+def test_compiled_code_is_made_anew_when_any_of_the_files_changes(tmp_path: Path) -> None:
+    """numba itself looks at a function's own file alone, and would keep what it took from another."""
+    root = Path(__file__).parents[3]
+    for package in ("serving", "cache", "router"):
+        shutil.copytree(root / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def stamp() -> str:
+        return subprocess.run(
+            [sys.executable, "-c", STAMP], capture_output=True, text=True, check=True, cwd=tmp_path
+        ).stdout
+
+    before = stamp()
+    assert stamp() == before
+    with (tmp_path / "serving/engine/kernels/vectors.py").open("a") as vectors:
+        vectors.write("# another version\n")
+    assert stamp() != before

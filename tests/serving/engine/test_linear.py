@@ -152,10 +152,10 @@ def test_batches_of_all_sizes_make_few_products() -> None:
 def test_what_lies_in_onednns_layout_is_filled_up_to_few_sizes() -> None:
     """bf16 too; but not the few rows that a loop of our own takes."""
     weight = draw(64, 32)
-    packed = packed_rows(5)
+    packed = packed_rows(40)
     is_bf16_packed = can_pack(weight) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    expected = {"float32": packed if can_pack(weight) else 5, "bf16": packed if is_bf16_packed else 5, "int4": 5}
-    assert {kind: make_linear(weight, None, kind).padded_rows(5) for kind in get_args(Weights)} == expected
+    expected = {"float32": packed if can_pack(weight) else 40, "bf16": packed if is_bf16_packed else 40, "int4": 40}
+    assert {kind: make_linear(weight, None, kind).padded_rows(40) for kind in get_args(Weights)} == expected
     if can_pack(weight) and kernels.available():
         assert make_linear(weight).padded_rows(1) == 1
 

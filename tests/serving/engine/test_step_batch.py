@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serving.engine import kernels
 from serving.engine.kv_pool import KVLayout, KVPool
 from serving.engine.step_batch import MAX_VIEWED_RUNS, SequencePart, build_step_batch, slot_runs
 
@@ -35,13 +36,30 @@ def test_parts_are_packed_one_after_the_other() -> None:
     assert batch.position_ids.tolist() == [6, 7, 8, 7, 0, 1]
     assert batch.slots.tolist() == [14, 15, 36, 27, 80, 81]
     assert batch.logits_indices.tolist() == [2, 3]
-    # A single token sees itself through the pool, a chunk does not.
+    # A single token sees itself through the pool, a segment does not.
+    assert batch.chunk_plan is None
     assert [(s.start, s.length, s.runs) for s in batch.segments] == [(0, 3, ((8, 14),)), (4, 2, ())]
     assert batch.decode_plan is not None
     assert batch.decode_plan.rows is not None
     assert batch.decode_plan.rows.tolist() == [3]
     if batch.decode_plan.pieces is not None:
         assert batch.decode_plan.pieces.tolist() == [[0, 20, 8]]
+
+
+@pytest.mark.skipif(not kernels.available(), reason="torch attends here")
+def test_chunks_for_the_kernels_name_all_their_slots() -> None:
+    pool = KVPool(KVLayout(num_layers=1, num_kv_heads=1, head_dim=16, block_size=4, dtype="float32"), 64)
+    parts = [
+        SequencePart([5, 6, 7], position=6, block_table=[2, 3, 9]),
+        SequencePart([8], position=7, block_table=[5, 6]),
+        SequencePart([1, 2], position=0, block_table=[20], wants_logits=False),
+    ]
+    batch = build_step_batch(pool, parts)
+    assert batch.segments == ()
+    assert batch.chunk_plan is not None
+    assert batch.chunk_plan.chunks.tolist() == [[0, 3, 6, 0, 2], [4, 2, 0, 2, 3]]
+    assert batch.chunk_plan.runs.tolist() == [[8, 8], [36, 1], [80, 2]]
+    assert build_step_batch(pool, parts[1:2]).chunk_plan is None
 
 
 def test_a_badly_fragmented_sequence_is_gathered() -> None:
