@@ -35,12 +35,14 @@ class PrefillPeer:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def request(self, request: GenerateRequest, num_present: int) -> PrefillRequest | None:
-        """What to ask for: everything but the last token, whose logits are wanted here.
+        """What to ask for: the whole prompt, and the logits after it for the first token.
 
-        None if no more than that is missing behind the `num_present` tokens that are here.
+        Or everything but the last token, whose logits are then computed here; None if no more than that is missing
+        behind the `num_present` tokens that are here.
         """
         block_size = request.fingerprint.block_size
-        num_tokens = len(request.token_ids) - 1
+        wants_logits = _begins_with_logits(request)
+        num_tokens = len(request.token_ids) - (0 if wants_logits else 1)
         if num_present >= num_tokens:
             return None
         return PrefillRequest(
@@ -50,6 +52,7 @@ class PrefillPeer:
             request.block_hashes[: num_tokens // block_size],
             num_present // block_size,
             lease_owner=request.request_id,
+            wants_logits=wants_logits,
             use_cache=request.use_cache,
             target=request.decision.prefill_replica,
             origin=request.origin,
@@ -79,6 +82,9 @@ class PrefillPeer:
             while True:
                 progress: PrefillProgress = await asyncio.wait_for(anext(stream), timeout_s)
                 timeout_s = self._timeouts.progress_s
+                if progress.logits is not None:
+                    self._replica.engine.handoff_logits(request.request_id, progress.logits)
+                    continue
                 node_id = None if progress.node_id == self._replica.node_id else progress.node_id
                 self._replica.engine.handoff_progress(request.request_id, progress.num_tokens, node_id)
                 if progress.done:
@@ -87,3 +93,11 @@ class PrefillPeer:
             return
         finally:
             stream.cancel()
+
+
+def _begins_with_logits(request: GenerateRequest) -> bool:
+    """Whether the first token can be sampled before the prompt's last blocks are here.
+
+    Not where other choices begin with it, which look for the blocks, nor where the answer has begun elsewhere.
+    """
+    return len(request.choices) == 1 and not request.choices[0].generated

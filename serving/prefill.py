@@ -1,8 +1,8 @@
 """The prefill deployment: computes the KV of long prompts and hands it off chunk by chunk.
 
 A thin shell around one engine. Each chunk's blocks are committed to the node store and announced in the
-response stream, so that decode loads them while the next chunk is computed. Nothing is sampled here: decode
-computes the prompt's last token, and with it the answer's first.
+response stream, so that decode loads them while the next chunk is computed. The logits after the last token go ahead
+of the last chunk. Nothing is sampled here.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from cache.messages import PurgeQuery
 from serving.engine.sequence import EngineRequest, Listener
 from serving.engine.step_log import StepRecord
-from serving.protocol import PrefillProgress, PrefillRequest
+from serving.protocol import Logits, PrefillProgress, PrefillRequest
 from serving.replica import EngineOptions, Replica
 
 
@@ -32,6 +32,10 @@ class PrefillReplica:
             message = PrefillProgress(num_tokens, node_id, num_computed, is_done)
             loop.call_soon_threadsafe(progress.put_nowait, message)
 
+        def on_logits(logits: Logits) -> None:
+            message = PrefillProgress(0, node_id, logits=logits)
+            loop.call_soon_threadsafe(progress.put_nowait, message)
+
         self._replica.engine.submit(
             EngineRequest(
                 request.request_id,
@@ -42,9 +46,10 @@ class PrefillReplica:
                 use_cache=request.use_cache,
                 handoff_owner=request.lease_owner,
                 handoff_first_block=request.first_block,
+                wants_logits=request.wants_logits,
                 origin=request.origin,
             ),
-            Listener(on_progress=on_progress),
+            Listener(on_progress=on_progress, on_logits=on_logits),
         )
         try:
             yield PrefillProgress(0, node_id)

@@ -3,10 +3,16 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
+
 from cache.extent import NOBODY, Origin
 from cache.fingerprint import Fingerprint
 from cache.hashing import BlockHash, TokenIds
 from router.policy import Decision
+
+Logits = npt.NDArray[np.float32]
+"""Of one position, `(vocab_size,)`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +170,8 @@ class PrefillRequest:
     """Blocks before this one are in the asker's pool already and need not be handed off."""
     lease_owner: str
     """Handoff extents are leased to this owner until it has loaded them."""
+    wants_logits: bool = False
+    """Whether the logits after the last token are wanted as well."""
     use_cache: bool = True
     target: str | None = None
     origin: Origin = NOBODY
@@ -178,3 +186,5 @@ class PrefillProgress:
     computed_tokens: int = 0
     """Computed so far for this request, the rest was reused."""
     done: bool = False
+    logits: Logits | None = None
+    """Those after the last token, as soon as they are computed: the last blocks are still to be stored."""

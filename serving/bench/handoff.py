@@ -52,7 +52,7 @@ class Timing:
         """From the steps that both engines made for one prompt. Raises ValueError if they are not such steps."""
         if not prefill or len(decode) < 4:
             raise ValueError(f"{len(prefill)} steps of prefill and {len(decode)} of decode are too few")
-        if not all(step.is_decode for step in decode):
+        if decode[0].num_tokens or not all(step.is_decode for step in decode[1:]):
             raise ValueError("decode has computed a part of the prompt itself")
         gaps = differences([step.ended_at for step in decode])
         return cls(

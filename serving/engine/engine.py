@@ -14,8 +14,10 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, ParamSpec, TypeVar
+
+import torch
 
 from cache.messages import PurgeQuery
 from serving.engine.block_pool import BlockPool, PoolMatch
@@ -35,7 +37,7 @@ from serving.engine.sequence import EngineRequest, Listener, Sequence, Status
 from serving.engine.step_batch import SequencePart, build_step_batch
 from serving.engine.step_log import StepLog, StepRecord
 from serving.engine.transfers import Transfers
-from serving.protocol import TokenBatch
+from serving.protocol import Logits, TokenBatch
 
 logger = logging.getLogger("tokenloft.engine")
 
@@ -122,7 +124,7 @@ class Engine:
             self._kv.stored_shape,
             self.counters,
             self._post,
-            self._finish,
+            self._conclude,
             config.remote_threshold_tokens,
         )
         self._scheduler.loading_share = self._transfers.share_of_loading
@@ -212,7 +214,10 @@ class Engine:
 
         ask = listener.ask_prefill
         return Listener(
-            guard(listener.on_batch, None), guard(listener.on_progress, None), guard(ask, False) if ask else None
+            guard(listener.on_batch, None),
+            guard(listener.on_progress, None),
+            guard(listener.on_logits, None),
+            guard(ask, False) if ask else None,
         )
 
     def cancel(self, request_id: str) -> None:
@@ -222,6 +227,10 @@ class Engine:
     def handoff_progress(self, request_id: str, num_tokens: int, node_id: str | None) -> None:
         """The prefill replica's blocks up to `num_tokens` can be loaded, from `node_id`'s store if not this node's."""
         self._on_sequence(request_id, lambda s: self._transfers.on_handoff(s, num_tokens, node_id))
+
+    def handoff_logits(self, request_id: str, logits: Logits) -> None:
+        """The prefill replica's logits after the prompt: its first token need not wait for the last blocks."""
+        self._on_sequence(request_id, lambda s: self._sample_handed_off(s, logits))
 
     def handoff_closed(self, request_id: str) -> None:
         """Nothing more will come from the prefill replica: what is missing is computed here."""
@@ -422,7 +431,7 @@ class Engine:
         A part whose next token can't be chosen yet, as its mask is late, is left out: it is computed again.
         """
         batch = build_step_batch(self._kv, [_sequence_part(part) for part in parts])
-        logits = self._runner.forward(batch)
+        logits = self._pass_on(self._runner.forward(batch), parts)
         wanting = [part for part in parts if _wants_token(part)]
         matchers = [part.sequence.matcher for part in wanting if part.sequence.matcher is not None]
         Matcher.wait(matchers, has_others=len(matchers) < len(parts))
@@ -433,6 +442,27 @@ class Engine:
         rows = [_logits_row(part.sequence, self._runner.eos_token_ids) for part in computed if _wants_token(part)]
         tokens = iter(sample(logits, rows) if rows else ())
         return [(part, next(tokens) if _wants_token(part) else None) for part in computed]
+
+    def _pass_on(self, logits: torch.Tensor, parts: list[ScheduledPart]) -> torch.Tensor:
+        """Give those that are not sampled from here to whoever waits for them, and return the others."""
+        wanting = [part for part in parts if _wants_logits(part)]
+        is_sampled = [_wants_token(part) for part in wanting]
+        if all(is_sampled):
+            return logits
+        for part, row in zip(wanting, logits, strict=True):
+            if not _wants_token(part):
+                part.sequence.listener.on_logits(row.to("cpu", torch.float32, copy=True).numpy())
+        return logits[is_sampled]
+
+    def _sample_handed_off(self, sequence: Sequence, logits: Logits) -> None:
+        """Begin the answer. The blocks that it goes on behind may still be on their way."""
+        if not sequence.is_handoff_open or sequence.num_output_tokens or not _can_choose(sequence):
+            return  # too late, or too early: then the last token is computed here as well
+        began_at = time.monotonic()
+        row = _logits_row(sequence, self._runner.eos_token_ids)
+        (sampled,) = sample(torch.from_numpy(logits).unsqueeze(0), [row])
+        self.steps.note(StepRecord(began_at, time.monotonic(), num_sequences=1, num_tokens=0))
+        self._emit(sequence, sampled)
 
     def _advance(self, part: ScheduledPart, sampled: Sampled | None) -> None:
         sequence = part.sequence
@@ -470,11 +500,18 @@ class Engine:
             sequence.listener.on_batch(TokenBatch((token_id,), text, logprobs=logprobs))
             return
         text += sequence.detokenizer.finish()
-        self._finish(sequence)
         reason = "stop" if is_stopped else "length"
-        sequence.listener.on_batch(TokenBatch((token_id,), text, reason, sequence.usage(), logprobs=logprobs))
+        sequence.last_batch = TokenBatch((token_id,), text, reason, logprobs=logprobs)
+        if sequence.status is not Status.LOADING:  # else what is loaded is kept as well
+            self._conclude(sequence)
 
     # -- the end of a sequence ----------------------------------------------------------------------
+
+    def _conclude(self, sequence: Sequence) -> None:
+        """All that was asked for is done."""
+        self._finish(sequence)
+        if sequence.last_batch is not None:
+            sequence.listener.on_batch(replace(sequence.last_batch, usage=sequence.usage()))
 
     def _finish(self, sequence: Sequence) -> None:
         """Take the sequence out of the schedule, keep what it has computed."""
@@ -520,9 +557,14 @@ def check_request(request: EngineRequest, block_size: int, vocab_size: int) -> N
         raise ValueError(f"request {request.request_id} has nothing to hand off")
 
 
+def _wants_logits(part: ScheduledPart) -> bool:
+    """Whether the step computes the sequence's last known token, and the logits after it are needed."""
+    return part.sequence.needs_logits and part.num_tokens == part.sequence.num_uncomputed
+
+
 def _wants_token(part: ScheduledPart) -> bool:
-    """Whether the step computes the sequence's last known token, so that the next one can be sampled."""
-    return part.sequence.request.sampling is not None and part.num_tokens == part.sequence.num_uncomputed
+    """Whether the next token is to be sampled from them here."""
+    return part.sequence.request.sampling is not None and _wants_logits(part)
 
 
 def _logits_row(sequence: Sequence, eos_token_ids: frozenset[int]) -> LogitsRow:
@@ -539,4 +581,4 @@ def _sequence_part(part: ScheduledPart) -> SequencePart:
     sequence = part.sequence
     start = sequence.num_computed
     token_ids = sequence.token_ids[start : start + part.num_tokens]
-    return SequencePart(token_ids, start, sequence.block_table, wants_logits=_wants_token(part))
+    return SequencePart(token_ids, start, sequence.block_table, wants_logits=_wants_logits(part))

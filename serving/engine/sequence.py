@@ -21,7 +21,7 @@ from serving.engine.block_pool import Owner
 from serving.engine.detokenizer import IncrementalDetokenizer
 from serving.engine.grammar import Matcher
 from serving.engine.meeting import Meeting
-from serving.protocol import LoadPlan, SamplingParams, TokenBatch, Usage
+from serving.protocol import LoadPlan, Logits, SamplingParams, TokenBatch, Usage
 
 
 class Status(Enum):
@@ -55,6 +55,8 @@ class EngineRequest:
     handoff_owner: str | None = None
     """Prefill: blocks are handed off to this owner as they are computed."""
     handoff_first_block: int = 0
+    wants_logits: bool = False
+    """Prefill: the listener is given the logits after the last token."""
     num_choices: int = 1
     """Answers wanted to this prompt; the others are requests of their own that find its blocks in the pool."""
     generated: tuple[int, ...] = ()
@@ -75,6 +77,8 @@ class Listener:
     on_batch: Callable[[TokenBatch], None] = lambda batch: None
     on_progress: Callable[[int, int, bool], None] = lambda num_tokens, num_computed, is_done: None
     """Prefill: tokens that can be loaded now, tokens computed so far, whether this is the last word."""
+    on_logits: Callable[[Logits], None] = lambda logits: None
+    """Prefill: those after the last token, before its KV can be loaded."""
     ask_prefill: Callable[["Sequence"], bool] | None = None
     """Decode: ask a prefill replica for the uncached rest; False if there is none to ask."""
 
@@ -128,6 +132,8 @@ class Sequence:
     num_accounted_tokens: int = 0
     """Prompt tokens whose origin is known; what a preempted sequence computes again is not counted again."""
     num_preemptions: int = 0
+    last_batch: TokenBatch | None = None
+    """What ends the answer, without the usage. It waits for the KV of a prompt whose first token was the last."""
     load_s: float = 0.0
     first_token_at: float | None = None
     _tokens: TokenIds = field(default_factory=lambda: np.empty(0, np.int32))
@@ -193,11 +199,13 @@ class Sequence:
 
     @property
     def reusable_tokens(self) -> TokenIds:
-        """Tokens whose KV may come from a cache: all but the last, whose logits must be computed here.
+        """Tokens whose KV may come from a cache: all, or all but the last if its logits must be computed here."""
+        return self.token_ids[:-1] if self.needs_logits else self.token_ids
 
-        A prefill-only sequence samples nothing, so all of its tokens may.
-        """
-        return self.token_ids if self.request.sampling is None else self.token_ids[:-1]
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the logits after the last token are wanted, to sample from or to pass on."""
+        return self.request.sampling is not None or self.request.wants_logits
 
     @property
     def reusable_hashes(self) -> tuple[BlockHash, ...]:

@@ -21,7 +21,7 @@ class StepRecord:
     ended_at: float
     num_sequences: int
     num_tokens: int
-    """As many as sequences if the step only decoded."""
+    """As many as sequences if the step only decoded; none if it only sampled, from logits that were handed off."""
 
     @property
     def seconds(self) -> float:

@@ -205,8 +205,11 @@ class Transfers:
             return
         if sequence.is_handoff_open:
             sequence.status = Status.LOADING
+            return
+        sequence.status = Status.RUNNING
+        if sequence.last_batch is not None:
+            self._on_finished(sequence)
         else:
-            sequence.status = Status.RUNNING
             self.hand_off(sequence)
 
     def _can_ask_prefill(self, sequence: Sequence) -> bool:

@@ -15,7 +15,8 @@ def decode_steps(times: list[float], num_sequences: int = 1, seconds: float = 0.
 
 def test_a_handoff_is_timed_from_prefills_end_to_the_first_two_tokens() -> None:
     prefill = [StepRecord(0.0, 0.5, 1, 256), StepRecord(0.5, 1.0, 1, 255)]
-    timing = Timing.of(prefill, decode_steps([1.08, 1.18, 1.24, 1.30, 1.36]))
+    sampled = StepRecord(1.079, 1.08, 1, 0)
+    timing = Timing.of(prefill, [sampled, *decode_steps([1.18, 1.24, 1.30, 1.36])])
     assert timing.to_first_token_s == pytest.approx(0.08)
     assert timing.to_second_token_s == pytest.approx(0.10)
     assert timing.gap_s == pytest.approx(0.06)
@@ -28,9 +29,9 @@ def test_steps_that_show_no_handoff_are_refused() -> None:
         Timing.of([], decode_steps([1.0, 2.0, 3.0, 4.0]))
     with pytest.raises(ValueError, match="too few"):
         Timing.of(prefill, decode_steps([1.0, 2.0]))
-    computed_here = [StepRecord(0.9, 1.0, 1, 32), *decode_steps([1.1, 1.2, 1.3])]
-    with pytest.raises(ValueError, match="computed a part"):
-        Timing.of(prefill, computed_here)
+    for first in (StepRecord(0.9, 1.0, 1, 32), *decode_steps([1.0])):
+        with pytest.raises(ValueError, match="computed a part"):
+            Timing.of(prefill, [first, *decode_steps([1.1, 1.2, 1.3])])
 
 
 def test_only_what_was_beside_prefill_counts() -> None:

@@ -123,6 +123,8 @@ class Handoff:
     announced: list[tuple[int, bool]] = field(default_factory=list)
     """Tokens and last word of each announcement so far."""
     on_announced: Callable[[], None] = lambda: None
+    sends_logits: bool = True
+    """Whether the first token is sampled from the prefill engine's logits, or its KV computed by `decode`."""
 
     def submit(
         self,
@@ -153,7 +155,7 @@ class Handoff:
 
     def _ask(self, sequence: Sequence, *, use_cache: bool) -> None:
         request_id, block_size = sequence.request_id, sequence.block_size
-        num_tokens = sequence.num_prompt_tokens - 1
+        num_tokens = sequence.num_prompt_tokens - (0 if self.sends_logits else 1)
 
         def on_progress(num_tokens: int, num_computed: int, is_done: bool) -> None:
             self.announced.append((num_tokens, is_done))
@@ -171,9 +173,16 @@ class Handoff:
             use_cache=use_cache,
             handoff_owner=request_id,
             handoff_first_block=sequence.num_computed // block_size,
+            wants_logits=self.sends_logits,
             origin=sequence.request.origin,
         )
-        self.prefill.engine.submit(request, Listener(on_progress=on_progress))
+        self.prefill.engine.submit(
+            request,
+            Listener(
+                on_progress=on_progress,
+                on_logits=lambda logits: self.decode.engine.handoff_logits(request_id, logits),
+            ),
+        )
 
 
 def make_engine(

@@ -286,7 +286,7 @@ def test_prefill_itself_loads_and_computes_at_once(tiny_model_dir: Path, oracle:
             answer = Handoff(b.engine, decode_engine).submit(prompt, greedy(4), "r").wait()
         oracle.check(prompt, answer.token_ids, 4)
         counters = b.counters()
-        num_handed_off = len(prompt) - 1
+        num_handed_off = len(prompt)
         assert counters["loaded_tokens"] + counters["computed_prompt_tokens"] == num_handed_off
         assert answer.cost.prefill_tokens == num_handed_off
 

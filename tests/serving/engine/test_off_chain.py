@@ -59,18 +59,18 @@ def test_what_decode_computes_is_found_by_nobody(tiny_model_dir: Path, oracle: O
     with open_store(None) as store:
         with prefill_and_decode(tiny_model_dir, store, weights) as replicas:
             first = replicas.submit(PROMPT, long_answer(), "first").wait()
-            assert first.cost.prefill_tokens == len(PROMPT) - 1
-            assert first.cost.decode_computed_tokens == 1
+            assert first.cost.prefill_tokens == len(PROMPT)
+            assert first.cost.decode_computed_tokens == 0
             history = PROMPT + first.token_ids
             # The same decode replica does not find the answer in its own pool either: prefill computes it.
             second = replicas.submit(history + prompt_of(40, seed=1), long_answer(), "second").wait()
-            assert second.cost.device_tokens == len(PROMPT) - 1
-            assert second.cost.prefill_tokens == len(history) + 40 - 1 - (len(PROMPT) - 1)
-            assert second.cost.decode_computed_tokens == 1
+            assert second.cost.device_tokens == len(PROMPT)
+            assert second.cost.prefill_tokens == len(history) + 40 - len(PROMPT)
+            assert second.cost.decode_computed_tokens == 0
         store.check_integrity()
         after = history + prompt_of(40, seed=1) + second.token_ids
         answer = found_by_a_float32_engine(tiny_model_dir, store, after, oracle)
-        assert answer.cost.cached_tokens == len(history) + 40 - 1, "the prompts are there, the last answer is not"
+        assert answer.cost.cached_tokens == len(history) + 40, "the prompts are there, the last answer is not"
 
 
 def test_decode_reads_what_float32_has_stored(tiny_model_dir: Path, oracle: Oracle) -> None:
@@ -110,7 +110,7 @@ def test_a_preempted_sequence_computes_its_answer_again(tiny_model_dir: Path, or
             assert decode.counters["computed_tokens"] > 4 * NUM_NEW, "answers did not"
         for prompt, answer in zip(prompts, answers, strict=True):
             found = found_by_a_float32_engine(tiny_model_dir, store, prompt + answer.token_ids, oracle)
-            assert found.cost.cached_tokens == len(prompt) - 1
+            assert found.cost.cached_tokens == len(prompt)
 
 
 def test_it_hands_nothing_off(tiny_model_dir: Path) -> None:
