@@ -15,6 +15,7 @@ from serving.generation import Generation
 from serving.handoff import HandoffTimeouts, PrefillPeer
 from serving.protocol import GenerateRequest, TokenBatch
 from serving.replica import EngineOptions, Handle, ModelInfo, Replica
+from serving.token_stream import Pace
 
 
 class DecodeReplica:
@@ -23,6 +24,7 @@ class DecodeReplica:
     def __init__(self, options: EngineOptions, timeouts: HandoffTimeouts, prefill: Handle | None = None) -> None:
         self._replica = Replica(options)
         self._peer = PrefillPeer(self._replica, prefill, timeouts) if prefill is not None else None
+        self._pace = Pace()
 
     def describe(self) -> ModelInfo:
         """What is served here."""
@@ -39,7 +41,7 @@ class DecodeReplica:
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenBatch]:
         """Stream the answer."""
         self._replica.check_model(request.fingerprint)
-        generation = Generation(self._replica.engine, self._peer, request)
+        generation = Generation(self._replica.engine, self._peer, self._pace, request)
         async with aclosing(generation.batches()) as batches:
             async for batch in batches:
                 yield batch

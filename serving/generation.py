@@ -12,18 +12,18 @@ from serving.engine.engine import Engine
 from serving.engine.sequence import EngineRequest, Listener, Sequence
 from serving.handoff import PrefillPeer
 from serving.protocol import Choice, GenerateRequest, PrefillRequest, TokenBatch
-from serving.token_stream import TokenStream
+from serving.token_stream import Pace, TokenStream
 
 
 class Generation:
     """See the module's docstring. Made in the event loop; the engine calls back from its own thread."""
 
-    def __init__(self, engine: Engine, peer: PrefillPeer | None, request: GenerateRequest) -> None:
+    def __init__(self, engine: Engine, peer: PrefillPeer | None, pace: Pace, request: GenerateRequest) -> None:
         self._engine = engine
         self._peer = peer
         self._request = request
         self._loop = asyncio.get_running_loop()
-        self._stream = TokenStream(num_choices=len(request.choices))
+        self._stream = TokenStream(pace, num_choices=len(request.choices))
         self._waiting = list(request.choices[1:])
         self._handoff: asyncio.Task[None] | None = None
         self._is_over = False

@@ -460,7 +460,7 @@ class Engine:
             return  # too late, or too early: then the last token is computed here as well
         began_at = time.monotonic()
         row = _logits_row(sequence, self._runner.eos_token_ids)
-        (sampled,) = sample(torch.from_numpy(logits).unsqueeze(0), [row])
+        (sampled,) = sample(torch.tensor(logits).unsqueeze(0), [row])  # a copy: what Ray gives can't be written to
         self.steps.note(StepRecord(began_at, time.monotonic(), num_sequences=1, num_tokens=0))
         self._emit(sequence, sampled)
 

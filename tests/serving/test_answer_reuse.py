@@ -24,6 +24,7 @@ from serving.generation import Generation
 from serving.http_app import build_app
 from serving.http_settings import HttpSettings, hash_api_key
 from serving.protocol import Choice, GenerateRequest, SamplingParams, TokenBatch
+from serving.token_stream import Pace
 from serving.tool_calls import Tool
 from serving.vocabulary import TokenPiece
 from tests.serving.engine.harness import BLOCK_SIZE, make_engine, running
@@ -95,7 +96,7 @@ class EngineBackend:
     async def _noted(self, request: GenerateRequest) -> AsyncGenerator[TokenBatch, None]:
         answer: dict[int, list[int]] = {}
         self.answers.append(answer)
-        async for batch in Generation(self.engine, None, request).batches():
+        async for batch in Generation(self.engine, None, Pace(), request).batches():
             answer.setdefault(batch.choice, []).extend(batch.token_ids)
             yield batch
 

@@ -2,11 +2,12 @@
 
 import asyncio
 import threading
+from contextlib import ExitStack
 
 import pytest
 
 from serving.protocol import TokenBatch, TokenLogprob, Usage
-from serving.token_stream import TokenStream, merge
+from serving.token_stream import Pace, TokenStream, merge
 
 LAST = TokenBatch((), "", "stop", Usage(1, 1))
 
@@ -51,7 +52,7 @@ def test_merging_keeps_choices_apart_and_the_very_last_batch_last() -> None:
 
 def test_the_first_batch_comes_at_once_and_what_piles_up_comes_together() -> None:
     async def scenario() -> None:
-        stream = TokenStream(min_interval_s=0.05)
+        stream = TokenStream(Pace(0.05, 0.05))
         batches = aiter(stream)
         stream.push(batch(0))
         # Would wait for good if the first needed company.
@@ -70,7 +71,7 @@ def test_the_first_batch_comes_at_once_and_what_piles_up_comes_together() -> Non
 
 def test_all_may_be_there_before_anybody_reads() -> None:
     async def scenario() -> list[TokenBatch]:
-        stream = TokenStream()
+        stream = TokenStream(Pace())
         stream.push(batch(1))
         stream.push(LAST)
         await asyncio.sleep(0)
@@ -81,7 +82,7 @@ def test_all_may_be_there_before_anybody_reads() -> None:
 
 def test_a_stream_ends_when_every_choice_has() -> None:
     async def scenario() -> list[TokenBatch]:
-        stream = TokenStream(0.0, num_choices=3)
+        stream = TokenStream(Pace(0.0, 0.0), num_choices=3)
         for choice in (1, 0, 2):
             stream.push(TokenBatch((choice,), "", choice=choice))
             await asyncio.sleep(0)
@@ -98,7 +99,7 @@ def test_a_stream_ends_when_every_choice_has() -> None:
 @pytest.mark.parametrize("reason", ["error", "lost"])
 def test_a_failure_ends_the_stream_of_all_choices(reason: str) -> None:
     async def scenario() -> list[TokenBatch]:
-        stream = TokenStream(0.0, num_choices=2)
+        stream = TokenStream(Pace(0.0, 0.0), num_choices=2)
         stream.push(batch(1))
         stream.push(TokenBatch((), "it failed", reason, choice=1))
         return await asyncio.wait_for(collect(stream), 10)
@@ -111,7 +112,7 @@ def test_nothing_is_lost_between_threads(interval_s: float) -> None:
     num_tokens = 5000
 
     async def scenario() -> list[TokenBatch]:
-        stream = TokenStream(interval_s)
+        stream = TokenStream(Pace(interval_s, interval_s))
 
         def produce() -> None:
             for token_id in range(num_tokens):
@@ -131,7 +132,7 @@ def test_nothing_is_lost_between_threads(interval_s: float) -> None:
 
 def test_the_interval_limits_how_many_batches_cross() -> None:
     async def scenario() -> list[TokenBatch]:
-        stream = TokenStream(min_interval_s=0.1)
+        stream = TokenStream(Pace(0.1, 0.1))
 
         async def produce() -> None:
             for token_id in range(50):
@@ -151,7 +152,35 @@ def test_the_interval_limits_how_many_batches_cross() -> None:
 
 def test_a_push_after_the_loop_has_ended_is_lost_quietly() -> None:
     async def make() -> TokenStream:
-        return TokenStream()
+        return TokenStream(Pace())
 
     stream = asyncio.run(make())
     stream.push(batch(1))
+
+
+def test_more_streams_are_further_apart_up_to_a_limit() -> None:
+    pace = Pace(0.02, 0.1, max_batches_per_s=50)
+    seen = [pace.interval_s]
+    with ExitStack() as streams:
+        for _ in range(8):
+            streams.enter_context(pace.stream())
+            seen.append(pace.interval_s)
+    assert seen == pytest.approx([0.02, 0.02, 0.04, 0.06, 0.08, 0.1, 0.1, 0.1, 0.1])
+    assert pace.interval_s == pytest.approx(0.02)
+
+
+def test_the_end_does_not_wait() -> None:
+    async def scenario() -> None:
+        stream = TokenStream(Pace(3600.0, 3600.0))
+        batches = aiter(stream)
+        stream.push(batch(0))
+        assert await anext(batches) == batch(0)
+        stream.push(batch(1))
+        stream.push(LAST)
+        last = await asyncio.wait_for(anext(batches), 10)
+        assert last.token_ids == (1,)
+        assert last.finish_reason == "stop"
+        with pytest.raises(StopAsyncIteration):
+            await anext(batches)
+
+    asyncio.run(scenario())

@@ -4,7 +4,7 @@ import numpy as np
 
 from serving.engine.kernels.compiling import Floats, Ints, compiled
 from serving.engine.kernels.products import Panels, multiply_rows
-from serving.engine.kernels.rows import gate, norm, store_rotated
+from serving.engine.kernels.rows import gate_alone, norm_alone, store_rotated_alone
 from serving.engine.kernels.token_attention import attend_tokens
 
 
@@ -21,7 +21,7 @@ def _project(panels: Panels, bias: Floats, x: Floats, size_out: int) -> Floats:
 @compiled()
 def _normed(x: Floats, weight: Floats, eps: float) -> Floats:
     out = np.empty_like(x)
-    norm(x, weight, eps, out)
+    norm_alone(x, weight, eps, out)
     return out
 
 
@@ -60,11 +60,11 @@ def decode_layer(
     num_all = num_heads + 2 * num_kv_heads
     projected = _project(qkv, qkv_bias, _normed(hidden, attention_norm, attention_eps), num_all * head_dim)
     heads = projected.reshape(num_tokens, num_all, head_dim)
-    store_rotated(heads, num_heads, cos, sin, slots, kv, layer)
+    store_rotated_alone(heads, num_heads, cos, sin, slots, kv, layer)
     attended = np.empty((num_tokens, num_heads, head_dim), np.float32)
     attend_tokens(heads[:, :num_heads], pieces, kv, layer, scale, attended)
     hidden += _project(out, out_bias, attended.reshape(num_tokens, num_heads * head_dim), size)
     both = _project(gate_up, gate_up_bias, _normed(hidden, mlp_norm, mlp_eps), 2 * num_inner)
     gated = np.empty((num_tokens, num_inner), np.float32)
-    gate(both, gated)
+    gate_alone(both, gated)
     hidden += _project(down, down_bias, gated, size)
