@@ -25,7 +25,7 @@ from cache.messages import LoadGrant, LoadQuery, PurgeQuery, PurgeReceipt, Store
 from cache.node_store import NodeStore, NodeStoreConfig
 from cache.tiers.disk import FileTier
 from cache.tiers.folder import LOCK_WAIT_S
-from cache.tiers.object_store import WARM_BYTES, ObjectStoreTier, read_object
+from cache.tiers.object_store import ObjectStoreTier, read_object
 
 NAMESPACE = "tokenloft"
 CALL_TIMEOUT_S = 15.0
@@ -73,8 +73,7 @@ class NodeStoreActor:
             report = logging.getLogger("tokenloft.warehouse").info
             vault = open_vault(options.encryption_key_file)
             disk = FileTier(directory, fsync=options.fsync, report=report, lock_wait_s=options.lock_wait_s, vault=vault)
-        dram = ObjectStoreTier()
-        dram.warm_up(min(WARM_BYTES, options.config.budgets.dram_bytes // 4))
+        dram = ObjectStoreTier(options.config.budgets.dram_bytes)
         return NodeStore(options.config, dram, disk, node_id=node_id)
 
     @property

@@ -1,8 +1,9 @@
 """Attention of a packed step batch over the paged KV pool, in the place of transformers' own.
 
-float32 on a CPU is computed by loops of our own, over the pool as it lies (see `kernels`). Elsewhere a chunk's
-softmax is taken in parts that need no mask and no copy, then merged by their log-sum-exp (as in flash-decoding;
-"Online normalizer calculation for softmax", arXiv 1805.02867):
+float32 on a CPU is computed by loops of our own, over the pool as it lies (see `kernels`), half precision on CUDA by
+FlashAttention where that works (see `flash`). Elsewhere a chunk's softmax is taken in parts that need no mask and no
+copy, then merged by their log-sum-exp (as in flash-decoding; "Online normalizer calculation for softmax", arXiv
+1805.02867):
 
     a chunk        [ run of past slots ][ run ] ...   views of the pool, no mask
                                                [ itself ]   its fresh keys and values, causal
@@ -20,6 +21,7 @@ from transformers import AttentionInterface
 
 from serving.engine import kernels
 from serving.engine.decode_plan import DecodePlan
+from serving.engine.flash import attend_flash
 from serving.engine.step_batch import Segment, StepBatch
 
 ATTENTION_NAME = "tokenloft"
@@ -90,6 +92,9 @@ def attend(
     out: torch.Tensor,
 ) -> None:
     """As `attend_step`, with the new rows in the pool already."""
+    if batch.flash_plan is not None:
+        out.copy_(attend_flash(batch.flash_plan, batch.kv[layer_idx], query, scale))
+        return
     chunks = batch.chunk_plan
     if chunks is not None:
         pool = batch.kv.numpy()

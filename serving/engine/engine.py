@@ -108,6 +108,7 @@ class Engine:
             else None
         )
         layout = runner.layout(config.block_size)
+        self._flash = runner.flash_mode(config.block_size)
         pool = BlockPool(config.num_blocks, config.block_size)
         self._kv = KVPool(layout, config.num_blocks, runner.device, config.kv_dtype)
         self._memory = PoolMemory(self._kv)
@@ -430,7 +431,7 @@ class Engine:
 
         A part whose next token can't be chosen yet, as its mask is late, is left out: it is computed again.
         """
-        batch = build_step_batch(self._kv, [_sequence_part(part) for part in parts])
+        batch = build_step_batch(self._kv, [_sequence_part(part) for part in parts], self._flash)
         logits = self._pass_on(self._runner.forward(batch), parts)
         wanting = [part for part in parts if _wants_token(part)]
         matchers = [part.sequence.matcher for part in wanting if part.sequence.matcher is not None]

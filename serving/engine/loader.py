@@ -20,9 +20,9 @@ from cache.extent import ExtentHeader, Image
 from cache.hashing import BlockHash
 from cache.messages import LoadGrant, LoadQuery, StoreOffer
 from cache.read_ahead import Block
+from serving.engine.cores import begin_background_thread
 from serving.engine.kv_pool import KVPool
 from serving.engine.meeting import Meeting
-from serving.engine.runner import set_num_threads
 from serving.protocol import LoadPlan
 
 logger = logging.getLogger("tokenloft.engine")
@@ -101,10 +101,9 @@ class Loader:
         self._connect = connect
         self._pool = pool
         self._clients = _ThreadClients()
-        # Conversions of KV take one core each, not all: the step loop needs the others.
-        self._loads = ThreadPoolExecutor(num_load_threads, "tokenloft-load", set_num_threads, (1,))
+        self._loads = ThreadPoolExecutor(num_load_threads, "tokenloft-load", begin_background_thread)
         # One thread, so that the extents of a chain are stored in order.
-        self._stores = ThreadPoolExecutor(1, "tokenloft-store", set_num_threads, (1,))
+        self._stores = ThreadPoolExecutor(1, "tokenloft-store", begin_background_thread)
         self._lock = threading.Lock()
         self._bytes_per_s: dict[Tier, float] = {}
 

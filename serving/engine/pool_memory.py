@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
+from serving.engine.cores import begin_background_thread
 from serving.engine.kv_pool import KVPool
 
 AHEAD_BYTES = 64 << 20
@@ -26,7 +27,7 @@ class PoolMemory:
         self._pool = pool
         self._num_ahead = max(1, ahead_bytes // pool.layout.block_bytes)
         self._num_asked = 0
-        self._thread = ThreadPoolExecutor(1, "tokenloft-pool-memory")
+        self._thread = ThreadPoolExecutor(1, "tokenloft-pool-memory", begin_background_thread)
 
     def __repr__(self) -> str:
         return f"<PoolMemory {self._num_asked} of {self._pool.num_blocks} blocks>"

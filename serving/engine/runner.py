@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from cache.fingerprint import Fingerprint
 from serving.engine import attention, kernels
 from serving.engine.families import UnsupportedModelError, check_model_type
+from serving.engine.flash import Mode, choose_mode
 from serving.engine.fused import FusedDecoder, can_fuse
 from serving.engine.kv_pool import KV_DTYPES, KVLayout, KVPool
 from serving.engine.linear import (
@@ -165,6 +166,11 @@ class ModelRunner:
             block_size=block_size,
             dtype=self.dtype,
         )
+
+    def flash_mode(self, block_size: int) -> Mode | None:
+        """How FlashAttention attends for this model here, if it does."""
+        kv_shape = (block_size, self._config.num_key_value_heads, self._head_dim)
+        return choose_mode(kv_shape, self._config.num_attention_heads, KV_DTYPES[self.dtype], self.device)
 
     def config_digest(self) -> str:
         """Digest of every config field that KV may depend on, rope scaling included."""

@@ -18,6 +18,7 @@ import torch
 from serving.engine import kernels
 from serving.engine.chunk_plan import Chunk, ChunkPlan, plan_chunks
 from serving.engine.decode_plan import DecodePlan, SlotRun, plan_decode
+from serving.engine.flash import FlashPlan, Mode, Span, plan_flash
 from serving.engine.kv_pool import KVPool
 
 MAX_VIEWED_RUNS = 8
@@ -63,6 +64,8 @@ class StepBatch:
     """Chunks of two tokens or more, where the kernels attend for them."""
     segments: tuple[Segment, ...]
     """The same elsewhere."""
+    flash_plan: FlashPlan | None
+    """All parts, chunks and single tokens, where FlashAttention attends for them; then there is nothing of the rest."""
     decode_plan: DecodePlan | None
     """All the rest: single tokens."""
     kv: torch.Tensor
@@ -91,13 +94,17 @@ def slot_runs(block_table: Sequence[int], block_size: int, num_tokens: int) -> t
     return tuple(zip(firsts.tolist(), lasts.tolist(), strict=True))
 
 
-def build_step_batch(pool: KVPool, parts: Sequence[SequencePart]) -> StepBatch:
-    """Pack `parts` for one forward pass. ValueError for a part without tokens or with too short a block table."""
+def build_step_batch(pool: KVPool, parts: Sequence[SequencePart], flash: Mode | None = None) -> StepBatch:
+    """Pack `parts` for one forward pass. ValueError for a part without tokens or with too short a block table.
+
+    `flash` is what `flash.choose_mode` has found.
+    """
     device = pool.device
     block_size = pool.layout.block_size
     is_native = kernels.can_attend(pool.kv)
     chunks: list[Chunk] = []
     segments: list[Segment] = []
+    spans: list[Span] = []
     singles: dict[int, tuple[SlotRun, ...]] = {}
     positions: list[npt.NDArray[np.int64]] = []
     slots: list[npt.NDArray[np.int64]] = []
@@ -107,7 +114,9 @@ def build_step_batch(pool: KVPool, parts: Sequence[SequencePart]) -> StepBatch:
         length = len(part.token_ids)
         if length == 0:
             raise ValueError(f"a part at position {part.position} has no tokens")
-        if length == 1:
+        if flash is not None:
+            spans.append(Span(length, part.position + length, part.block_table))
+        elif length == 1:
             singles[start] = slot_runs(part.block_table, block_size, part.position + 1)
         elif is_native:
             runs = slot_runs(part.block_table, block_size, part.position + length)
@@ -127,6 +136,7 @@ def build_step_batch(pool: KVPool, parts: Sequence[SequencePart]) -> StepBatch:
         slots=_to_device(slots, device),
         chunk_plan=plan_chunks(chunks) if chunks else None,
         segments=tuple(segments),
+        flash_plan=plan_flash(spans, block_size, flash, device) if flash is not None else None,
         decode_plan=plan_decode(list(singles), list(singles.values()), start, pool.kv) if singles else None,
         kv=pool.kv,
         logits_indices=torch.tensor(logits_indices, dtype=torch.int64, device=device),

@@ -1,6 +1,8 @@
 """Loops of a step on a CPU, compiled by numba, where torch's operations are far from what the machine gives.
 
-    vectors           tiles of products in registers, dot products, powers of two: what the others are made of
+    llvm_builder      instructions, for what is written in LLVM's terms:
+    tiles             products whose results stay in registers
+    vectors           powers of two, dot products, what brings memory nearer
     rows              norms, gates, rotary positions and the new rows' way into the pool
     products          some rows times packed weights
     token_attention   single tokens over the paged pool
@@ -18,10 +20,11 @@ import torch
 from serving.engine.kernels.chunk_attention import QUERIES, attend_chunks
 from serving.engine.kernels.compiling import Floats, Ints, available, set_num_threads
 from serving.engine.kernels.layer import decode_layer
+from serving.engine.kernels.llvm_builder import WIDTH
 from serving.engine.kernels.products import LANES, Panels, multiply_rows, take_rows
 from serving.engine.kernels.rows import gate, norm, store_rotated
 from serving.engine.kernels.token_attention import attend_tokens
-from serving.engine.kernels.vectors import WIDTH, exp2
+from serving.engine.kernels.vectors import exp2
 
 __all__ = [
     "LANES",

@@ -6,7 +6,7 @@
     values         queries x D: weights are read one by one, the rows of values where they lie
 
 So keys and values are neither copied nor turned, and the two products keep tiles of their results in registers
-(see `vectors`). Running maxima and sums as in "Online normalizer calculation for softmax" (arXiv 1805.02867) and
+(see `tiles`). Running maxima and sums as in "Online normalizer calculation for softmax" (arXiv 1805.02867) and
 FlashAttention (arXiv 2205.14135).
 """
 
@@ -14,8 +14,10 @@ import numpy as np
 from numba import prange
 
 from serving.engine.kernels.compiling import Floats, Ints, compiled
+from serving.engine.kernels.llvm_builder import FLOAT_BYTES, LINE_BYTES
+from serving.engine.kernels.tiles import set_products_64
 from serving.engine.kernels.token_attention import LEAST, LOG2_E, add_weighted
-from serving.engine.kernels.vectors import address, exp2, prefetch_rows, set_products_64
+from serving.engine.kernels.vectors import address, exp2, prefetch_rows
 
 QUERIES = 64
 """Rows of queries taken together."""
@@ -23,7 +25,6 @@ _KEYS = 64
 """Keys taken together: scores, queries, sums, keys and values are 16 KB each."""
 _TILE_ROWS = 4
 """Rows of a tile: as fast as more, and they divide both sides."""
-_FLOAT_BYTES = 4
 
 
 @compiled(parallel=True)
@@ -133,17 +134,19 @@ def _turn(
 def _score(keys: Floats, first_slot: int, count: int, kv_head: int, turned: Floats, scores: Floats) -> None:
     head_dim = turned.shape[0]
     stride = keys.shape[1] * head_dim
-    key = address(keys) + (first_slot * stride + kv_head * head_dim) * _FLOAT_BYTES
+    key = address(keys) + (first_slot * stride + kv_head * head_dim) * FLOAT_BYTES
     for at in range(0, count, _TILE_ROWS):
-        prefetch_rows(key + (at + _KEYS) * stride * _FLOAT_BYTES, stride, _TILE_ROWS, head_dim // 16)
+        prefetch_rows(
+            key + (at + _KEYS) * stride * FLOAT_BYTES, stride, _TILE_ROWS, head_dim * FLOAT_BYTES // LINE_BYTES
+        )
         set_products_64(
             min(_TILE_ROWS, count - at),
-            key + at * stride * _FLOAT_BYTES,
+            key + at * stride * FLOAT_BYTES,
             stride,
             1,
             address(turned),
             QUERIES,
-            address(scores) + at * QUERIES * _FLOAT_BYTES,
+            address(scores) + at * QUERIES * FLOAT_BYTES,
             QUERIES,
             head_dim,
         )
@@ -185,17 +188,19 @@ def _add_values(
         for at in range(head_dim):
             total[row, at] *= fading[row]
     stride = values.shape[1] * head_dim
-    value = address(values) + (first_slot * stride + kv_head * head_dim) * _FLOAT_BYTES
+    value = address(values) + (first_slot * stride + kv_head * head_dim) * FLOAT_BYTES
     for row in range(0, QUERIES, _TILE_ROWS):
-        prefetch_rows(value + (row + _KEYS) * stride * _FLOAT_BYTES, stride, _TILE_ROWS, head_dim // 16)
+        prefetch_rows(
+            value + (row + _KEYS) * stride * FLOAT_BYTES, stride, _TILE_ROWS, head_dim * FLOAT_BYTES // LINE_BYTES
+        )
         add_weighted(
             _TILE_ROWS,
-            address(weights) + row * _FLOAT_BYTES,
+            address(weights) + row * FLOAT_BYTES,
             1,
             QUERIES,
             value,
             stride,
-            address(total) + row * head_dim * _FLOAT_BYTES,
+            address(total) + row * head_dim * FLOAT_BYTES,
             head_dim,
             count,
         )

@@ -9,14 +9,15 @@ from numba import prange, types
 from numba.extending import overload
 
 from serving.engine.kernels.compiling import Floats, Ints, compiled
-from serving.engine.kernels.vectors import MAX_TILE_ROWS, address, set_bf16_products_64, set_products_64
+from serving.engine.kernels.llvm_builder import FLOAT_BYTES
+from serving.engine.kernels.tiles import MAX_TILE_ROWS, set_bf16_products_64, set_products_64
+from serving.engine.kernels.vectors import address
 
 Panels = npt.NDArray[np.float32] | npt.NDArray[np.int32]
 
 LANES = 64
 """Neighbouring outputs that packed weights keep together."""
 
-_FLOAT_BYTES = 4
 _overload: Any = overload  # its types know no options
 
 
@@ -55,17 +56,17 @@ def multiply_rows(panels: Panels, x: Floats, out: Floats) -> None:
         # The last panel may have more columns than there are outputs.
         products = np.empty((num_rows if num_lanes < LANES else 0, LANES), np.float32)
         is_whole = num_lanes == LANES
-        target = address(out) + first_lane * _FLOAT_BYTES if is_whole else address(products)
+        target = address(out) + first_lane * FLOAT_BYTES if is_whole else address(products)
         row_stride = num_out if is_whole else LANES
         row = 0
         for group in range(num_groups):
             count = (num_rows - row) // (num_groups - group)
             _multiply_panel(
                 count,
-                address(x) + row * size_in * _FLOAT_BYTES,
+                address(x) + row * size_in * FLOAT_BYTES,
                 size_in,
                 address(panels[index]),
-                target + row * row_stride * _FLOAT_BYTES,
+                target + row * row_stride * FLOAT_BYTES,
                 row_stride,
                 panels,
             )

@@ -9,16 +9,9 @@ import numpy as np
 from numba import prange
 
 from serving.engine.kernels.compiling import Floats, Ints, compiled
-from serving.engine.kernels.vectors import (
-    MAX_TILE_ROWS,
-    WIDTH,
-    add_products_16,
-    add_products_64,
-    address,
-    exp2,
-    take_dots,
-    touch,
-)
+from serving.engine.kernels.llvm_builder import FLOAT_BYTES, WIDTH
+from serving.engine.kernels.tiles import MAX_TILE_ROWS, add_products_16, add_products_64
+from serving.engine.kernels.vectors import address, exp2, take_dots, touch
 
 _KEYS_AT_ONCE = 64
 """Keys whose scores are taken before their values are added up; they are in the nearest cache then."""
@@ -26,7 +19,6 @@ _TOUCHED_BYTES = 512
 LEAST = np.float32(-1e30)
 """Below every score; minus infinity has no difference to itself."""
 LOG2_E = math.log2(math.e)
-_FLOAT_BYTES = 4
 
 
 @compiled()
@@ -35,18 +27,18 @@ def add_weighted(
 ) -> None:
     """Add `n` rows of values, `dim` floats each and `stride` apart, to each of some rows of sums at `out`.
 
-    `weights` are `row` apart for the next sum and `at` for the next value; all as in `vectors`.
+    `weights` are `row` apart for the next sum and `at` for the next value; all as in `tiles`.
     """
     for first in range(0, num_rows, MAX_TILE_ROWS):
         count = min(MAX_TILE_ROWS, num_rows - first)
-        a, c = weights + first * row * _FLOAT_BYTES, out + first * dim * _FLOAT_BYTES
+        a, c = weights + first * row * FLOAT_BYTES, out + first * dim * FLOAT_BYTES
         done = 0
         while dim - done >= 4 * WIDTH:
-            offset = done * _FLOAT_BYTES
+            offset = done * FLOAT_BYTES
             add_products_64(count, a, row, at, values + offset, stride, c + offset, dim, n)
             done += 4 * WIDTH
         while done < dim:
-            offset = done * _FLOAT_BYTES
+            offset = done * FLOAT_BYTES
             add_products_16(count, a, row, at, values + offset, stride, c + offset, dim, n)
             done += WIDTH
 
@@ -71,18 +63,18 @@ def _attend_piece(
     weight[:] = 0
     for start in range(first, first + num_slots, _KEYS_AT_ONCE):
         count = min(_KEYS_AT_ONCE, first + num_slots - start)
-        key = address(keys) + start * stride * _FLOAT_BYTES
-        value = address(values) + start * stride * _FLOAT_BYTES
+        key = address(keys) + start * stride * FLOAT_BYTES
+        value = address(values) + start * stride * FLOAT_BYTES
         _touch(key, count * stride, scratch)
         for at in range(0, count, WIDTH):
             for head in range(num_heads):
                 take_dots(
-                    address(query) + head * head_dim * _FLOAT_BYTES,
-                    key + (at * stride + head // groups * head_dim) * _FLOAT_BYTES,
+                    address(query) + head * head_dim * FLOAT_BYTES,
+                    key + (at * stride + head // groups * head_dim) * FLOAT_BYTES,
                     stride,
                     count - at - 1,
                     head_dim // WIDTH,
-                    address(scores) + (head * _KEYS_AT_ONCE + at) * _FLOAT_BYTES,
+                    address(scores) + (head * _KEYS_AT_ONCE + at) * FLOAT_BYTES,
                 )
         for head in range(num_heads):
             _take_weights(scores, head, count, total, top, weight)
@@ -90,12 +82,12 @@ def _attend_piece(
         for kv_head in range(num_kv_heads):
             add_weighted(
                 groups,
-                address(scores) + kv_head * groups * _KEYS_AT_ONCE * _FLOAT_BYTES,
+                address(scores) + kv_head * groups * _KEYS_AT_ONCE * FLOAT_BYTES,
                 _KEYS_AT_ONCE,
                 1,
-                value + kv_head * head_dim * _FLOAT_BYTES,
+                value + kv_head * head_dim * FLOAT_BYTES,
                 stride,
-                address(total) + kv_head * groups * head_dim * _FLOAT_BYTES,
+                address(total) + kv_head * groups * head_dim * FLOAT_BYTES,
                 head_dim,
                 count,
             )
@@ -103,7 +95,7 @@ def _attend_piece(
 
 @compiled()
 def _touch(start: int, num_floats: int, scratch: Floats) -> None:
-    num_bytes = num_floats * _FLOAT_BYTES // _TOUCHED_BYTES * _TOUCHED_BYTES
+    num_bytes = num_floats * FLOAT_BYTES // _TOUCHED_BYTES * _TOUCHED_BYTES
     if num_bytes:
         touch(start, num_bytes, address(scratch))
 

@@ -34,6 +34,21 @@ class TestObjectStoreTier(DramTierContract):
 
         assert ray.get(look.remote(tier.source("a"))) == (int(image_of(3).sum()), False, False)
 
+    def test_memory_is_ready_ahead_of_its_use_up_to_the_limit(self) -> None:
+        """In steps, so that not every image costs a copy of all that is ready."""
+        image = np.zeros(1 << 20, np.uint8)
+        tier = ObjectStoreTier(limit_bytes=10 << 20, ahead_bytes=4 << 20)
+        ready = [repr(tier)]
+        for at in range(12):
+            tier.put(f"{at}", image)
+            ready.append(repr(tier))
+        mebibytes = [int(text.split(", ")[1].split()[0]) >> 20 for text in ready]
+        assert mebibytes == [4, 4, 4, 7, 7, 7, 10, 10, 10, 10, 10, 10, 10]
+        for at in range(12):
+            tier.drop(f"{at}")
+        tier.put("again", image)
+        assert repr(tier) == f"<ObjectStoreTier 1 objects, {10 << 20} bytes ready>"
+
     def test_something_else_than_an_image_is_not_taken_for_one(self) -> None:
         with pytest.raises(StoreUnavailable, match="turned out to be a str"):
             read_object(ray.put("no image"))

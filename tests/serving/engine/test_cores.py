@@ -1,15 +1,28 @@
 """Engines share the machine's cores: each has its own, and those of neighbours that rest."""
 
 import multiprocessing
+import os
+import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from serving.engine.cores import LOOK_INTERVAL_S, PATIENCE_S, Cores, Neighbours, num_threads_for
+from serving.engine.cores import (
+    BACKGROUND_NICENESS,
+    LOOK_INTERVAL_S,
+    PATIENCE_S,
+    Cores,
+    Neighbours,
+    begin_background_thread,
+    num_threads_for,
+)
 
 LONG_S = 10 * PATIENCE_S
 
@@ -142,3 +155,15 @@ def test_without_neighbours_the_own_threads_are_all() -> None:
     cores.close()
     assert applied == [3]
     assert repr(cores) == "<Cores 3 threads, 3 of its own>"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads have no niceness of their own elsewhere")
+def test_a_background_thread_gives_way_and_the_others_do_not() -> None:
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    before = niceness()
+    with ThreadPoolExecutor(1, initializer=begin_background_thread) as pool:
+        assert pool.submit(niceness).result() == min(19, before + BACKGROUND_NICENESS)
+        assert pool.submit(torch.get_num_threads).result() == 1
+    assert niceness() == before
