@@ -32,7 +32,7 @@ CALL_TIMEOUT_S = 15.0
 """Longer than any wait inside the node store; a call that takes more has lost its actor."""
 
 MAX_WRITTEN_ONCE_BYTES = 1 << 30
-"""Most of the dram tier's memory that is taken from the machine at the start; the rest comes as it is used."""
+"""Most of the object store's memory that is taken from the machine at the start; the rest is when it is used."""
 
 PURGE_TIMEOUT_S = 60.0
 """A purge waits for the disk, and looks at every extent."""
@@ -77,7 +77,8 @@ class NodeStoreActor:
             vault = open_vault(options.encryption_key_file)
             disk = FileTier(directory, fsync=options.fsync, report=report, lock_wait_s=options.lock_wait_s, vault=vault)
         dram = ObjectStoreTier()
-        dram.write_once(min(MAX_WRITTEN_ONCE_BYTES, options.config.budgets.dram_bytes // 4))
+        budgets = options.config.budgets
+        dram.write_once(min(MAX_WRITTEN_ONCE_BYTES, (budgets.dram_bytes + budgets.handoff_bytes) // 4))
         return NodeStore(options.config, dram, disk, node_id=node_id)
 
     @property

@@ -85,7 +85,8 @@ class TokenStream:
                     if not num_open or batch.finish_reason in ENDS_ALL:
                         return
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._has_end.wait(), self._pace.interval_s)
+                    async with asyncio.timeout(self._pace.interval_s):
+                        await self._has_end.wait()
 
     def _take(self) -> list[TokenBatch]:
         with self._lock:

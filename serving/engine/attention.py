@@ -119,7 +119,7 @@ def _attend_singles(
 ) -> None:
     """Attend for all tokens of a plan; `query` and `out`, which is contiguous, are `(B, H, D)`."""
     if plan.pieces is not None:
-        kernels.attend_tokens(query.numpy(), plan.pieces, kv.numpy(), layer_idx, scale, out.numpy())
+        kernels.attend_tokens(query.contiguous().numpy(), plan.pieces, kv.numpy(), layer_idx, scale, out.numpy())
         return
     assert plan.slots is not None
     keys, values = (

@@ -461,7 +461,12 @@ class Engine:
             return  # too late, or too early: then the last token is computed here as well
         began_at = time.monotonic()
         row = _logits_row(sequence, self._runner.eos_token_ids)
-        (sampled,) = sample(torch.tensor(logits).unsqueeze(0), [row])  # a copy: what Ray gives can't be written to
+        try:
+            (sampled,) = sample(torch.tensor(logits).unsqueeze(0), [row])  # a copy: what Ray gives can't be written to
+        except Exception as error:  # as in a step
+            logger.exception("handed-off logits can't be sampled from")
+            self._fail(sequence, f"the model failed: {error}")
+            return
         self.steps.note(StepRecord(began_at, time.monotonic(), num_sequences=1, num_tokens=0))
         self._emit(sequence, sampled)
 
@@ -512,6 +517,8 @@ class Engine:
         """All that was asked for is done."""
         self._finish(sequence)
         if sequence.last_batch is not None:
+            if sequence.num_output_tokens == 1:
+                sequence.first_token_at = time.perf_counter()  # it may have waited for its prompt's KV
             sequence.listener.on_batch(replace(sequence.last_batch, usage=sequence.usage()))
 
     def _finish(self, sequence: Sequence) -> None:

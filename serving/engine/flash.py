@@ -139,6 +139,7 @@ def choose_mode(
             error = _trial(mode, kv_shape, num_heads, dtype, device, varlen)
         except (RuntimeError, ValueError, TypeError, ImportError) as reason:  # as many as there are implementations
             logger.info("FlashAttention does not work with %s keys: %s", mode, reason)
+            _deactivate_newest()  # it may be installed and not be for this device
             continue
         if error < _TOLERANCE:
             logger.info("attention by FlashAttention with %s keys", mode)
@@ -155,13 +156,25 @@ def _trial(
     device: torch.device,
     varlen: Varlen | None,
 ) -> float:
-    """Largest error for a few sequences, chunks and single tokens, in blocks that lie apart."""
-    block_size, num_kv_heads, head_dim = kv_shape
-    spans = (
-        Span(3 * block_size, 3 * block_size, (4, 0, 7)),
-        Span(5, 2 * block_size + 3, (9, 2, 5)),
-        Span(1, block_size + 1, (1, 8)),
+    """Largest error for chunks and single tokens together, and for single tokens alone, in blocks that lie apart."""
+    block_size = kv_shape[0]
+    singles = Span(1, block_size + 1, (1, 8)), Span(1, 2 * block_size, (3, 6))
+    chunks = Span(3 * block_size, 3 * block_size, (4, 0, 7)), Span(5, 2 * block_size + 3, (9, 2, 5))
+    return max(
+        _error(spans, mode, kv_shape, num_heads, dtype, device, varlen) for spans in ((*chunks, *singles), singles)
     )
+
+
+def _error(
+    spans: Sequence[Span],
+    mode: Mode,
+    kv_shape: tuple[int, int, int],
+    num_heads: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    varlen: Varlen | None,
+) -> float:
+    block_size, num_kv_heads, head_dim = kv_shape
     generator = torch.Generator().manual_seed(0)
     kv = torch.randn(2, 10 * block_size, num_kv_heads, head_dim, generator=generator).to(device, dtype)
     total = sum(span.num_queries for span in spans)
@@ -195,3 +208,10 @@ def _activate_newest() -> None:
         from torch.nn.attention import activate_flash_attention_impl
 
         activate_flash_attention_impl("FA3")
+
+
+def _deactivate_newest() -> None:
+    with suppress(ImportError, RuntimeError, ValueError, AttributeError):
+        from torch.nn.attention import restore_flash_attention_impl
+
+        restore_flash_attention_impl()

@@ -29,8 +29,9 @@ _FEW_ROWS = 32
 _ROWS_STEP = 16
 
 _MAX_LOOP_ROWS = 32
+"""Up to here our own loop takes no longer than oneDNN."""
 _MAX_BF16_LOOP_ROWS = 4
-"""Up to here our own loop takes no longer than oneDNN, which has instructions for bf16."""
+"""The same for bf16, for which oneDNN has instructions."""
 
 _PACKED_FOR_ROWS = 64
 """Rows that the layout is chosen for; it serves all others as well."""

@@ -222,8 +222,11 @@ class Loader:
             return tuple(self._bytes_per_s.items())
 
     def release(self, owner: str, node_id: str | None = None) -> None:
-        """End the leases that jobs with `keep_lease` have left."""
-        self._loads.submit(self._run_release, owner, node_id).add_done_callback(_log_failure)
+        """End the leases that jobs with `keep_lease` have left.
+
+        In order with the stores: a tail that was handed off and goes now would else pass for the one that is to stay.
+        """
+        self._stores.submit(self._run_release, owner, node_id).add_done_callback(_log_failure)
 
     def _run_release(self, owner: str, node_id: str | None) -> None:
         try:

@@ -139,7 +139,7 @@ class ModelRunner:
         """Have what compiles at its first call do so now: one token, several, and a chunk."""
         pool = KVPool(self.layout(block_size=2), 1, self.device)
         max_loop_rows = self._fused.max_loop_rows if self._fused is not None else 0
-        for num_parts, num_tokens in ((1, 1), (max_loop_rows + 1, 1), (1, 2)):
+        for num_parts, num_tokens in ((1, 1), (max(max_loop_rows, 1) + 1, 1), (1, 2)):
             self.forward(build_step_batch(pool, [SequencePart([0] * num_tokens, 0, [0])] * num_parts))
 
     @property

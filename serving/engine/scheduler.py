@@ -116,7 +116,9 @@ class Scheduler:
         if sequence.status is Status.LOADING:
             return self.loading_share(sequence, budget)
         if sequence.status is Status.RUNNING and sequence.num_uncomputed > 1:
-            return min(budget, sequence.num_uncomputed)
+            # A first token that was sampled early may have no block yet: it is computed as any single one.
+            room = len(sequence.block_table) * self.pool.block_size - sequence.num_computed
+            return min(budget, sequence.num_uncomputed, room)
         return 0
 
     def _plan_decodes(self) -> list[ScheduledPart]:

@@ -121,7 +121,7 @@ class Transfers:
 
     def on_computed(self, sequence: Sequence) -> None:
         """More of the sequence has KV after a step."""
-        self.end_handoff(sequence)  # not before: what is let go of is written to disk, and the first token would wait
+        self.end_handoff(sequence)  # not before: what is let go of is written to disk, and this step would wait
         meeting = sequence.meeting
         if meeting is not None and meeting.meet(sequence.num_computed):
             if sequence.is_load_in_flight:  # it is ending, and writes nothing any more
@@ -225,7 +225,7 @@ class Transfers:
         """The prefill replica announces that blocks up to `num_tokens` can be loaded."""
         if not sequence.is_handoff_open:
             return
-        # Never the last token: its logits are wanted here.
+        # Never the last token while its logits are wanted here.
         num_tokens = min(num_tokens, len(sequence.reusable_tokens))
         sequence.announced_tokens = max(sequence.announced_tokens, num_tokens)
         sequence.announced_node_id = node_id

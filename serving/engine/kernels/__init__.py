@@ -10,7 +10,8 @@
     layer             a whole layer for single tokens
     compiling         how all of it is compiled, and its threads
 
-All arrays are C-contiguous float32 unless said otherwise, and nothing is checked: callers know the shapes. The loops
+All arrays are C-contiguous float32 unless said otherwise, but that queries of chunks and of a layer may be a slice of
+their heads. Nothing is checked: callers know the shapes. The loops
 run on the threads that torch's own operations use, as both are OpenMP's of one library; where numba has none of
 these (see `available`), callers take torch's operations.
 """

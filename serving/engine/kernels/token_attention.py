@@ -55,7 +55,6 @@ def _attend_piece(
     num_heads, head_dim = query.shape
     num_kv_heads = keys.shape[1]
     groups, stride = num_heads // num_kv_heads, num_kv_heads * head_dim
-    groups, stride = num_heads // num_kv_heads, num_kv_heads * head_dim
     scores = np.empty((num_heads, _KEYS_AT_ONCE), np.float32)
     scratch = np.empty(WIDTH, np.float32)
     total[:] = 0

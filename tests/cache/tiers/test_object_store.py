@@ -46,8 +46,9 @@ class TestObjectStoreTier(DramTierContract):
                 if thread.name == "tokenloft-store-memory":
                     thread.join(60)
             time.sleep(2.0)  # Ray frees what is dropped after a second
-        tier.put("a", image_of(3))
-        assert np.array_equal(tier.get("a"), image_of(3))
+        image = np.full(num_bytes, 3, np.uint8)
+        tier.put("a", image)
+        assert np.array_equal(tier.get("a"), image)
 
     def test_something_else_than_an_image_is_not_taken_for_one(self) -> None:
         with pytest.raises(StoreUnavailable, match="turned out to be a str"):

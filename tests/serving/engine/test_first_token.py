@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from serving.engine.sequence import Listener, Sequence
 from serving.protocol import SamplingParams
 from tests.oracle import Oracle
-from tests.serving.engine.harness import BLOCK_SIZE, Handoff, make_engine, prompt_of, running
+from tests.serving.engine.harness import BLOCK_SIZE, Handoff, Pending, make_engine, prompt_of, running
 from tests.serving.engine.test_transfers import TIMEOUT_S, GatedStore, gated_store, is_still, wait_until
 
 PROMPT = prompt_of(BLOCK_SIZE * 6 + 5)
@@ -94,16 +95,37 @@ def test_a_cancelled_one_leaves_nothing_behind(tiny_model_dir: Path) -> None:
         wait_until(lambda: is_still(handoff.decode) and is_still(handoff.prefill))
 
 
-def test_a_handoff_that_breaks_off_behind_it_goes_on_here(tiny_model_dir: Path, oracle: Oracle) -> None:
+@pytest.mark.parametrize("num_tokens", [BLOCK_SIZE * 6, len(PROMPT)])
+def test_a_handoff_that_breaks_off_behind_it_goes_on_here(
+    tiny_model_dir: Path, oracle: Oracle, num_tokens: int
+) -> None:
+    """Also where the first token needs a block that the prompt did not."""
+    prompt = PROMPT[:num_tokens]
     with gated_store(handoff_bytes=100) as store, replicas(tiny_model_dir, store) as handoff:
         store.stores.shut()
-        pending = handoff.submit(PROMPT, greedy(6, ignore_eos=True), "r")
+        pending = handoff.submit(prompt, greedy(6, ignore_eos=True), "r")
         first = pending.batches.get(timeout=TIMEOUT_S)
         store.stores.open()  # and it refuses
         rest = pending.wait()
-        oracle.check(PROMPT, [*first.token_ids, *rest.token_ids], 6)
+        oracle.check(prompt, [*first.token_ids, *rest.token_ids], 6)
         assert set(handoff.announced) == {(0, True)}, "chunks that were on their way are refused as well"
-        assert rest.cost.decode_computed_tokens == len(PROMPT)
+        assert rest.cost.decode_computed_tokens == len(prompt)
+
+
+def test_logits_that_nothing_can_be_drawn_from_fail_their_request_alone(tiny_model_dir: Path, oracle: Oracle) -> None:
+    params = SamplingParams(6, temperature=1.0)
+    with gated_store() as store, running(make_engine(tiny_model_dir, store)) as engine:
+        failed = Pending()
+
+        def ask(sequence: Sequence) -> bool:
+            vocab_size = len(AutoTokenizer.from_pretrained(tiny_model_dir))
+            engine.engine.handoff_logits("r", np.full(vocab_size, np.nan, np.float32))
+            return True
+
+        listener = Listener(on_batch=failed.batches.put, ask_prefill=ask)
+        engine.submit(PROMPT, params, listener=listener, request_id="r")
+        assert failed.batches.get(timeout=TIMEOUT_S).finish_reason == "error"
+        oracle.check(PROMPT, engine.greedy(PROMPT, 4).token_ids, 4)
 
 
 def test_logits_that_come_too_late_are_not_used(tiny_model_dir: Path, oracle: Oracle) -> None:
