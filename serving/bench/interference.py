@@ -15,11 +15,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from cache.hashing import TokenIds
 from serving.bench.bare import BLOCK_SIZE, BareEngine, bare_engine
@@ -36,6 +37,7 @@ P99 = 0.99
 MAX_ANSWER_TOKENS = 4000
 """Of a stream: it is cancelled long before."""
 BEGIN_TIMEOUT_S = 120.0
+_ENGINES = ("ServeReplica:tokenloft:prefill", "ServeReplica:tokenloft:decode")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,8 @@ class Beside:
     num_streams: int
     decode: list[list[StepRecord]] = field(default_factory=list)
     prefill: list[list[StepRecord]] = field(default_factory=list)
+    other_cores: list[float] = field(default_factory=list)
+    """Cores that everything but the two engines' processes took meanwhile."""
 
     def add(self, decode: Sequence[StepRecord], prefill: Sequence[StepRecord]) -> None:
         """One round: decode's steps count from prefill's first until its last."""
@@ -124,7 +128,8 @@ def _one_thread_each(stage: Stage, bench: "_Bench", engines: Engines, options: I
     speed, best = ours.prefill_tokens_per_s, statistics.median(alone)
     return [
         Figure("prefill beside streams", speed, "tokens/s", "alone, one thread", best, 0.9),
-        Figure("prefill of bare engines beside each other", bare.prefill_tokens_per_s, "tokens/s"),
+        Figure("prefill of bare engines beside each other", bare.prefill_tokens_per_s, "tokens/s", "alone", best),
+        Figure("cores that all but the two engines took meanwhile", statistics.median(ours.other_cores), "cores"),
         *_steps_beside("decode step beside prefill", ours, bare),
         _gap(ours, combined),
     ]
@@ -190,8 +195,9 @@ class _Bench:
         self._progress("a long prompt beside streams")
         with _streams(server, self._stream_prompts(), self._answer_tokens):
             time.sleep(SETTLE_S)
-            began_at = time.monotonic()
+            began_at, before = time.monotonic(), _other_cpu_s()
             server.complete(self._long_prompt(num_tokens), 1)
+            found.other_cores.append((_other_cpu_s() - before) / (time.monotonic() - began_at))
             decode, prefill = server.steps("decode", began_at), server.steps(prefill_role, began_at)
         found.add(decode, _prefills(prefill))
         wait_until_still(server, "decode")
@@ -214,6 +220,16 @@ class _Bench:
 
 def _prefills(steps: Sequence[StepRecord]) -> list[StepRecord]:
     return [step for step in steps if not step.is_decode]
+
+
+def _other_cpu_s() -> float:
+    """CPU seconds of all processes so far but those of prefill and decode replicas, which Ray gives such titles."""
+    total = 0.0
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # it has ended meanwhile
+            if not any(title in process.name() or title in "".join(process.cmdline()[:1]) for title in _ENGINES):
+                total += sum(process.cpu_times()[:2])
+    return total
 
 
 @contextmanager
