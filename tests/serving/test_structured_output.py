@@ -108,7 +108,7 @@ def test_a_stream_follows_the_schema_too(client: openai.OpenAI) -> None:
     with client.chat.completions.stream(**ASK, response_format=Drawing) as stream:
         deltas = [event.delta for event in stream if event.type == "content.delta"]
         final = stream.get_final_completion().choices[0]
-    assert len(deltas) > 5
+    assert len(deltas) > 2, "it comes in pieces"
     assert isinstance(final.message.parsed, Drawing)
     whole = client.chat.completions.parse(**ASK, response_format=Drawing)
     assert "".join(deltas) == whole.choices[0].message.content
