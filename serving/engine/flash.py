@@ -133,10 +133,11 @@ def choose_mode(
         return None
     if device.type == "cuda":
         _activate_newest()
+    trial = _Trial(*kv_shape, num_heads, dtype, device, varlen)
     modes: tuple[Mode, ...] = ("paged", "gathered")
     for mode in modes:
         try:
-            error = _trial(mode, kv_shape, num_heads, dtype, device, varlen)
+            error = trial.error(mode)
         except (RuntimeError, ValueError, TypeError, ImportError) as reason:  # as many as there are implementations
             logger.info("FlashAttention does not work with %s keys: %s", mode, reason)
             _deactivate_newest()  # it may be installed and not be for this device
@@ -148,41 +149,38 @@ def choose_mode(
     return None
 
 
-def _trial(
-    mode: Mode,
-    kv_shape: tuple[int, int, int],
-    num_heads: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    varlen: Varlen | None,
-) -> float:
-    """Largest error for chunks and single tokens together, and for single tokens alone, in blocks that lie apart."""
-    block_size = kv_shape[0]
-    singles = Span(1, block_size + 1, (1, 8)), Span(1, 2 * block_size, (3, 6))
-    chunks = Span(3 * block_size, 3 * block_size, (4, 0, 7)), Span(5, 2 * block_size + 3, (9, 2, 5))
-    return max(
-        _error(spans, mode, kv_shape, num_heads, dtype, device, varlen) for spans in ((*chunks, *singles), singles)
-    )
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """A few sequences with a model's shapes, in blocks that lie apart."""
 
+    block_size: int
+    num_kv_heads: int
+    head_dim: int
+    num_heads: int
+    dtype: torch.dtype
+    device: torch.device
+    varlen: Varlen | None
 
-def _error(
-    spans: Sequence[Span],
-    mode: Mode,
-    kv_shape: tuple[int, int, int],
-    num_heads: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    varlen: Varlen | None,
-) -> float:
-    block_size, num_kv_heads, head_dim = kv_shape
-    generator = torch.Generator().manual_seed(0)
-    kv = torch.randn(2, 10 * block_size, num_kv_heads, head_dim, generator=generator).to(device, dtype)
-    total = sum(span.num_queries for span in spans)
-    query = torch.randn(total, num_heads, head_dim, generator=generator).to(device, dtype)
-    attended = attend_flash(plan_flash(spans, block_size, mode, device), kv, query, head_dim**-0.5, varlen)
-    parts = torch.split(query, [span.num_queries for span in spans])
-    expected = torch.cat([_plain(span, kv, part, block_size) for span, part in zip(spans, parts, strict=True)])
-    return float((attended.float() - expected).abs().max())
+    def error(self, mode: Mode) -> float:
+        """The largest one, of chunks and single tokens together, and of single tokens alone."""
+        singles = Span(1, self.block_size + 1, (1, 8)), Span(1, 2 * self.block_size, (3, 6))
+        whole = Span(3 * self.block_size, 3 * self.block_size, (4, 0, 7))
+        later = Span(5, 2 * self.block_size + 3, (9, 2, 5))
+        return max(self._error(spans, mode) for spans in ((whole, later, *singles), singles))
+
+    def _error(self, spans: Sequence[Span], mode: Mode) -> float:
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator).to(self.device, self.dtype)
+
+        kv = draw(2, 10 * self.block_size, self.num_kv_heads, self.head_dim)
+        query = draw(sum(span.num_queries for span in spans), self.num_heads, self.head_dim)
+        plan = plan_flash(spans, self.block_size, mode, self.device)
+        attended = attend_flash(plan, kv, query, self.head_dim**-0.5, self.varlen)
+        parts = torch.split(query, [span.num_queries for span in spans])
+        expected = [_plain(span, kv, part, self.block_size) for span, part in zip(spans, parts, strict=True)]
+        return float((attended.float() - torch.cat(expected)).abs().max())
 
 
 def _plain(span: Span, kv: torch.Tensor, query: torch.Tensor, block_size: int) -> torch.Tensor:
