@@ -134,3 +134,46 @@ def test_compiled_code_is_made_anew_when_any_of_the_files_changes(tmp_path: Path
     with (tmp_path / "serving/engine/kernels/vectors.py").open("a") as vectors:
         vectors.write("# another version\n")
     assert stamp() != before
+
+
+NARROW = """
+import llvmlite.binding as llvm
+
+found = llvm.get_host_cpu_features()
+llvm.get_host_cpu_features = lambda: {name: has and "avx512" not in name for name, has in found.items()}
+
+import numpy as np
+import torch
+from serving.engine import kernels
+from serving.engine.kernels import tiles
+
+kernels.available()
+generator = np.random.default_rng(0)
+panels, x = (generator.normal(size=size).astype(np.float32) for size in ((2, 40, 64), (7, 40)))
+out = np.empty((7, 100), np.float32)
+kernels.multiply_rows(panels, x, out)
+off = abs(out - (x @ panels.transpose(1, 0, 2).reshape(40, 128))[:, :100]).max()
+
+kv = generator.normal(size=(1, 2, 70, 1, 80)).astype(np.float32)
+query = generator.normal(size=(70, 7, 80)).astype(np.float32)
+chunked, single = np.empty_like(query), np.empty_like(query[-1:])
+kernels.attend_chunks(query, np.array([[0, 70, 0, 0, 1]]), np.array([[0, 70]]), kv, 0, 0.1, chunked, 1)
+kernels.attend_tokens(query[-1:], np.array([[0, 0, 70]]), kv, 0, 0.1, single)
+keys, values = (torch.from_numpy(kv[0, at]).transpose(0, 1).expand(7, -1, -1) for at in (0, 1))
+rows = torch.from_numpy(query).transpose(0, 1)
+exact = torch.nn.functional.scaled_dot_product_attention(rows, keys, values, is_causal=True, scale=0.1)
+exact = exact.transpose(0, 1).numpy()
+print(tiles._VECTORS_AT_ONCE, off < 1e-4, abs(chunked - exact).max() < 1e-4, abs(single - exact[-1:]).max() < 1e-4)
+"""
+
+
+@pytest.mark.slow
+def test_narrower_registers_give_the_same(tmp_path: Path) -> None:
+    """As on a machine without AVX-512: tiles are narrower, and LLVM splits the vectors."""
+    narrow = os.environ | {
+        "NUMBA_CPU_NAME": "haswell",
+        "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+bmi,+bmi2",
+        "NUMBA_CACHE_DIR": str(tmp_path),
+    }
+    told = subprocess.run([sys.executable, "-c", NARROW], capture_output=True, text=True, env=narrow, check=True)
+    assert told.stdout.split() == ["1", "True", "True", "True"]
