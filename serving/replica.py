@@ -130,8 +130,16 @@ class Replica:
 def warm_up(engine: Engine) -> None:
     """Compute a chunk and a decode step, so that the first request does not pay for reading the weights in.
 
-    It also gives the engine a first measure of its speed, which the router reckons with. The counters do not keep it.
+    Done again, they give the engine a first measure of its speed, which the router reckons with: a replica that seemed
+    slow as its memory was new would get no requests by which to show that it is not. The counters keep nothing of it.
     """
+    _compute_a_little(engine)
+    engine.reset_speed()
+    _compute_a_little(engine)
+    engine.reset_counters()
+
+
+def _compute_a_little(engine: Engine) -> None:
     num_tokens = max(1, min(engine.config.step_tokens, engine.max_request_tokens - 2))
     token_ids = as_token_ids(range(num_tokens)) % 2
     root = Fingerprint("warm-up", "", "", "", engine.config.block_size).root_hash()
@@ -158,7 +166,6 @@ def warm_up(engine: Engine) -> None:
         raise EngineStopped(f"the engine computed nothing in {WARM_UP_TIMEOUT_S:.0f} s") from None
     if batch.finish_reason != "length":
         raise EngineStopped(batch.text)
-    engine.reset_counters()
 
 
 def resolve_device(device: str) -> str:

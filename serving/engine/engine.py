@@ -288,6 +288,10 @@ class Engine:
         """Start counting anew, between two steps."""
         self._post(self.counters.clear)
 
+    def reset_speed(self) -> None:
+        """Start measuring anew, between two steps."""
+        self._post(self._speed.reset)
+
     def check_integrity(self, timeout_s: float = 10.0) -> None:
         """Check the books between two steps. Raises AssertionError if they are off."""
         failures: list[AssertionError] = []

@@ -33,6 +33,11 @@ class Speed:
         self._step_tokens = step_tokens
         self._fit = StepCostFit()
 
+    def reset(self) -> None:
+        """Forget what was measured: it was not what is to come."""
+        self.prefill_tokens_per_s = self.decode_step_s = 0.0
+        self._fit = StepCostFit()
+
     @property
     def step_cost(self) -> StepCost:
         """As measured, or as assumed before the first prefill. May be read by any thread."""

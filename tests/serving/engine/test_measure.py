@@ -216,3 +216,13 @@ def test_a_new_store_is_told_all_holdings() -> None:
             b.now_s += IDLE_REPORT_INTERVAL_S
             b.report(is_idle=True)
         assert b.store.known() == set(hashes)
+
+
+def test_what_was_measured_can_be_forgotten() -> None:
+    speed, sequence = Speed(), sequence_of(100)
+    speed.note([ScheduledPart(sequence, 100)], 50.0)
+    assert speed.prefill_tokens_per_s == pytest.approx(2)
+    speed.reset()
+    assert speed.prefill_tokens_per_s == speed.first_tokens_per_s == speed.decode_step_s == 0
+    speed.note([ScheduledPart(sequence, 100)], 0.5)
+    assert speed.prefill_tokens_per_s == pytest.approx(200), "nothing of the slow step is left"
