@@ -28,13 +28,14 @@ class PrefillReplica:
         progress: asyncio.Queue[PrefillProgress] = asyncio.Queue()
         node_id = self._replica.node_id
 
-        def on_progress(num_tokens: int, num_computed: int, is_done: bool) -> None:
-            message = PrefillProgress(num_tokens, node_id, num_computed, is_done)
+        def send(message: PrefillProgress) -> None:
             loop.call_soon_threadsafe(progress.put_nowait, message)
 
+        def on_progress(num_tokens: int, num_computed: int, is_done: bool) -> None:
+            send(PrefillProgress(num_tokens, node_id, num_computed, is_done))
+
         def on_logits(logits: Logits) -> None:
-            message = PrefillProgress(0, node_id, logits=logits)
-            loop.call_soon_threadsafe(progress.put_nowait, message)
+            send(PrefillProgress(0, node_id, logits=logits))
 
         self._replica.engine.submit(
             EngineRequest(

@@ -11,11 +11,10 @@ from numba import prange
 from serving.engine.kernels.compiling import Floats, Ints, compiled
 from serving.engine.kernels.llvm_builder import FLOAT_BYTES, WIDTH
 from serving.engine.kernels.tiles import MAX_TILE_ROWS, add_products_16, add_products_64
-from serving.engine.kernels.vectors import address, exp2, take_dots, touch
+from serving.engine.kernels.vectors import TOUCHED_BYTES, address, exp2, take_dots, touch
 
 _KEYS_AT_ONCE = 64
 """Keys whose scores are taken before their values are added up; they are in the nearest cache then."""
-_TOUCHED_BYTES = 512
 LEAST = np.float32(-1e30)
 """Below every score; minus infinity has no difference to itself."""
 LOG2_E = math.log2(math.e)
@@ -94,7 +93,7 @@ def _attend_piece(
 
 @compiled()
 def _touch(start: int, num_floats: int, scratch: Floats) -> None:
-    num_bytes = num_floats * FLOAT_BYTES // _TOUCHED_BYTES * _TOUCHED_BYTES
+    num_bytes = num_floats * FLOAT_BYTES // TOUCHED_BYTES * TOUCHED_BYTES
     if num_bytes:
         touch(start, num_bytes, address(scratch))
 

@@ -99,11 +99,13 @@ def prefetch_rows(typing_context: Any, start: Any, row_stride: Any, num_rows: An
 
 
 _LINES_AT_ONCE = 8
+TOUCHED_BYTES = LINE_BYTES * _LINES_AT_ONCE
+"""What `touch` reads at a time."""
 
 
 @_intrinsic  # type: ignore[untyped-decorator]
 def touch(typing_context: Any, start: Any, num_bytes: Any, out: Any) -> Any:
-    """Read memory into the nearest caches, as fast as it comes; `num_bytes` are at least 512 and a multiple of that.
+    """Read memory into the nearest caches, as fast as it comes; `num_bytes` are a multiple of TOUCHED_BYTES, not 0.
 
     A loop that computes with what it reads waits longer for it: fewer reads are under way at a time. Their sum is
     written to the vector at `out`, or the compiler would leave them out.
@@ -112,13 +114,13 @@ def touch(typing_context: Any, start: Any, num_bytes: Any, out: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         start, num_bytes, out = arguments
         zero = ir.Constant(VECTOR, [0.0] * WIDTH)
-        with Loop(builder, builder.sdiv(num_bytes, constant(LINE_BYTES * _LINES_AT_ONCE))) as loop:
+        with Loop(builder, builder.sdiv(num_bytes, constant(TOUCHED_BYTES))) as loop:
             at = loop.carry(start)
             carried = [loop.carry(zero) for _ in range(_LINES_AT_ONCE)]
             for line, before in enumerate(carried):
                 value = load(builder, builder.add(at, constant(line * LINE_BYTES)), VECTOR)
                 loop.pass_on(before, builder.fadd(before, value))
-            loop.pass_on(at, builder.add(at, constant(LINE_BYTES * _LINES_AT_ONCE)))
+            loop.pass_on(at, builder.add(at, constant(TOUCHED_BYTES)))
         total = zero
         for value in loop.results(carried):
             total = builder.fadd(total, value)
